@@ -1,0 +1,1 @@
+"""Presets: one TOML per (model, machine, purpose)."""

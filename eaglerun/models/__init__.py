@@ -1,0 +1,1 @@
+"""The two models, their layers and the loader of their checkpoints."""

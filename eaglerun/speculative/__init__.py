@@ -1,0 +1,1 @@
+"""Propose, verify and count: what speculation adds to a decode step."""

@@ -1,0 +1,1 @@
+"""Kernels, each with a PyTorch reference of the same name and signature in reference/."""

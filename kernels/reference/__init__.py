@@ -1,0 +1,1 @@
+"""What each kernel must compute: plain PyTorch, and the CPU backend."""
