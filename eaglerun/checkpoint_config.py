@@ -1,0 +1,130 @@
+"""Typed reading of the keys of a checkpoint's config.json. A value that will not do is refused.
+
+Every refusal names the key with its path, the value that stands there and what is allowed.
+"""
+
+from collections.abc import Collection, Mapping
+
+from eaglerun.errors import ConfigError
+
+
+class Fields:
+    """One JSON object of a config, and which of its keys were asked for.
+
+    ``path`` is what messages put before a key ("target text_config."). A key whose value is null
+    counts as absent, as transformers writes its configs; ``states`` tells the two apart.
+    """
+
+    def __init__(self, values: Mapping[str, object], path: str) -> None:
+        self.values = values
+        self.path = path
+        self._read: set[str] = set()
+        self._sections: dict[str, Fields] = {}
+
+    def name(self, key: str) -> str:
+        return f"{self.path}{key}"
+
+    def states(self, key: str) -> bool:
+        """Whether the key is there, be it with null."""
+        self._read.add(key)
+        return key in self.values
+
+    def raw(self, key: str) -> object:
+        self._read.add(key)
+        return self.values.get(key)
+
+    def refusal(self, key: str, allowed: str) -> ConfigError:
+        return ConfigError(f"{self.name(key)} = {self.raw(key)!r}: {allowed}")
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """The integer at ``key``; without a default the key must be there."""
+        value = self.raw(key)
+        if value is None:
+            if default is None:
+                raise ConfigError(f"{self.name(key)} is missing; it must be an integer")
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise self.refusal(key, f"must be an integer of at least {minimum}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """The positive number at ``key``."""
+        value = self.raw(key)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
+            raise self.refusal(key, "must be a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.refusal(key, "must be true or false")
+        return value
+
+    def text(self, key: str) -> str | None:
+        value = self.raw(key)
+        if value is not None and not isinstance(value, str):
+            raise self.refusal(key, "must be a string")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple):
+            raise self.refusal(key, "must be a list of strings")
+        items = [item for item in value if isinstance(item, str)]
+        if len(items) != len(value):
+            raise self.refusal(key, "must be a list of strings")
+        return tuple(items)
+
+    def integers(self, key: str) -> tuple[int, ...] | None:
+        """The list of integers at ``key``; true and false count as 1 and 0."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple):
+            raise self.refusal(key, "must be a list of integers")
+        items = [int(item) for item in value if isinstance(item, int)]
+        if len(items) != len(value):
+            raise self.refusal(key, "must be a list of integers")
+        return tuple(items)
+
+    def section(self, key: str) -> "Fields":
+        """The object at ``key``; an empty one if the key is absent."""
+        value = self.raw(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.refusal(key, "must be an object")
+        if key not in self._sections:
+            self._sections[key] = Fields(value or {}, f"{self.path}{key}.")
+        return self._sections[key]
+
+    def only(self, key: str, value: object, default: object, allowed: Collection[object]) -> None:
+        """Refuse ``value``, read from ``key`` (None: ``default``), unless it is allowed."""
+        if (default if value is None else value) not in allowed:
+            choice = " or ".join(repr(a) for a in allowed)
+            raise self.refusal(key, f"this build knows {choice} only")
+
+    def unread(self, keys: Mapping[str, object]) -> list[str]:
+        """Those of ``keys``, with the keys of objects inside, that nobody asked for."""
+        unread = []
+        for key, value in keys.items():
+            if key not in self._read:
+                unread.append(key)
+            elif key in self._sections and isinstance(value, Mapping):
+                unread += [f"{key}.{name}" for name in self._sections[key].unread(value)]
+        return unread
+
+
+def agree(first: Fields, first_key: str, second: Fields, second_key: str) -> tuple[Fields, str]:
+    """Which of two spellings of one fact to read; both are fine as long as they say the same."""
+    one, other = first.raw(first_key), second.raw(second_key)
+    if one is not None and other is not None and one != other:
+        raise ConfigError(
+            f"{first.name(first_key)} = {one!r} and {second.name(second_key)} = {other!r}: "
+            "these mean the same and must be equal"
+        )
+    return (second, second_key) if one is None and other is not None else (first, first_key)

@@ -1,0 +1,383 @@
+"""Config: every setting, decided once.
+
+A field is set by a flag (``--max-num-seqs 8``), else by the environment (EAGLERUN_MAX_NUM_SEQS),
+else by a TOML file (``[scheduling]`` ``max_num_seqs = 8``), else by its default here. resolve() is
+the only reader of the environment; after it nothing decides again.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+from eaglerun.errors import ConfigError
+from eaglerun.messages import MAX_DRAFT_TOKENS
+
+ENV_PREFIX = "EAGLERUN_"
+
+
+def option(
+    default: object,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    aliases: tuple[str, ...] = (),
+    secret: bool = False,
+) -> Any:
+    """A Config field. ``low`` and ``high`` are the allowed ends; aliases are further flag names."""
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "aliases": aliases,
+        "secret": secret,
+    }
+    return field(default=default, metadata=metadata)
+
+
+def _kinds(hint: object) -> tuple[type, ...]:
+    """The plain types that a field's annotation allows."""
+    if isinstance(hint, UnionType):
+        return tuple(k for arg in get_args(hint) for k in _kinds(arg))
+    origin = get_origin(hint)
+    kind = hint if origin is None else origin
+    assert isinstance(kind, type)
+    return (kind,)
+
+
+def _check_field(f: "dataclasses.Field[Any]", hint: object, value: Any) -> None:
+    kinds = _kinds(hint)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    ok = isinstance(value, kinds) or (float in kinds and number)
+    if isinstance(value, bool) and bool not in kinds:
+        ok = False
+    if not ok:
+        wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
+        raise ConfigError(f"{f.name} = {value!r}: expected {wanted}")
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise ConfigError(f"{f.name} = {value!r}: allowed {', '.join(f.metadata['choices'])}")
+    low, high = f.metadata["low"], f.metadata["high"]
+    if number and ((low is not None and value < low) or (high is not None and value > high)):
+        allowed = f"{low:g} to {high:g}" if high is not None else f"at least {low:g}"
+        raise ConfigError(f"{f.name} = {value!r}: allowed {allowed}")
+
+
+class Checked:
+    """Checks every field of a frozen section against its declared type and range."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in self.__dataclass_fields__.values():
+            _check_field(f, hints[f.name], getattr(self, f.name))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig(Checked):
+    """[model]: which checkpoints, and in which form they are held."""
+
+    model: str = option("demo", "target: a local directory, a hub id, or 'demo', the bundled pair")
+    draft: str | None = option(
+        None,
+        "EAGLE3 draft: a local directory or a hub id; none: plain decoding",
+        aliases=("draft-model", "spec-model", "speculative-draft-model-path"),
+    )
+    load_format: str = option(
+        "auto",
+        "auto reads the checkpoint, dummy makes seeded random weights",
+        choices=("auto", "dummy"),
+    )
+    dtype: str = option(
+        "auto",
+        "type of weights and activations; auto: the checkpoint's on a GPU, float32 on the CPU",
+        choices=("auto", "bfloat16", "float16", "float32", "float64"),
+    )
+    device: str = option(
+        "auto", "where to run; auto: the GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
+    max_model_len: int | None = option(
+        None,
+        "longest prompt + output in tokens; none: the checkpoint's, or what the KV memory holds",
+        low=2,
+        aliases=("context-length",),
+    )
+    seed: int = option(0, "seed of dummy weights and of requests that bring none")
+    served_model_name: str | None = option(None, "name in the API; none: the model's own")
+    use_index_cache: bool = option(
+        False, "share block selections between sparse layers (an approximation of the model)"
+    )
+    index_topk_freq: int = option(1, "with use_index_cache: every n-th sparse layer selects", low=1)
+    index_skip_topk_offset: int = option(
+        0, "with use_index_cache: first layer that may share", low=0
+    )
+    index_topk_pattern: str | None = option(
+        None, "with use_index_cache: one letter a sparse layer, S = shares"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig(Checked):
+    """[cache]: KV memory."""
+
+    block_size: int | None = option(
+        None,
+        "tokens of a KV block; none: the sparse attention's block, the only one allowed",
+        low=1,
+    )
+    num_kv_blocks: int | None = option(None, "KV blocks; none: sized from the memory", low=1)
+    kv_cache_gib: float = option(1.0, "KV memory on a CPU, GiB", low=0.001)
+    enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt beginnings")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingConfig(Checked):
+    """[scheduling]: how much runs at once."""
+
+    max_num_seqs: int = option(
+        32, "sequences that run at once", low=1, high=4096, aliases=("max-running-requests",)
+    )
+    max_num_batched_tokens: int = option(
+        2048, "rows of a step: decode rows first, prefill takes the rest", low=1
+    )
+    max_chunk_tokens: int | None = option(
+        None, "rows of one prefill chunk; none: max_num_batched_tokens", low=1
+    )
+    lag: int = option(0, "steps the host plans ahead of the device", low=0, high=1)
+    decode_batch_sizes: tuple[int, ...] = option(
+        (), "pad the decode batch to the next of these sizes; empty: no padding"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig(Checked):
+    """[speculation]: how drafts are made and judged."""
+
+    num_draft_tokens: int = option(
+        3,
+        "tokens drafted per step (K); 0: plain decoding",
+        low=0,
+        high=MAX_DRAFT_TOKENS,
+        aliases=("num-speculative-tokens", "spec-tokens", "speculative-num-steps"),
+    )
+    verification: str = option(
+        "invariant",
+        "invariant: same seed, same output as without the draft; rejection: the classic sampler, "
+        "same distribution, but a seed's output depends on K",
+        choices=("invariant", "rejection"),
+    )
+    draft_sampling: str = option(
+        "greedy",
+        "greedy: the draft's best token; probabilistic: drawn from its distribution",
+        choices=("greedy", "probabilistic"),
+    )
+    synthetic_acceptance_length: float | None = option(
+        None,
+        "benchmarks only: force this mean acceptance length; the text means nothing",
+        low=1,
+        aliases=("spec-decode-acceptance-length",),
+    )
+    synthetic_acceptance_rate: float | None = option(
+        None,
+        "benchmarks only: the same as accepted / drafted",
+        low=0,
+        high=1,
+        aliases=("spec-decode-acceptance-rate",),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConfig(Checked):
+    """[output]: what is reported."""
+
+    logprobs_mode: str = option(
+        "raw",
+        "log-probabilities of the model's own logits, or after penalties and filters",
+        choices=("raw", "processed"),
+    )
+    return_aux_hidden_states: bool = option(
+        False, "keep the captured hidden states of every token (tests, draft training)"
+    )
+    log_stats_every: int = option(
+        3000, "drafted tokens between two acceptance log lines; 0: none", low=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole tree, one section per concern."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduling: SchedulingConfig = SchedulingConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    output: OutputConfig = OutputConfig()
+
+    def __post_init__(self) -> None:
+        spec, sched = self.speculation, self.scheduling
+        if None not in (spec.synthetic_acceptance_length, spec.synthetic_acceptance_rate):
+            raise ConfigError(
+                f"synthetic_acceptance_length = {spec.synthetic_acceptance_length} and "
+                f"synthetic_acceptance_rate = {spec.synthetic_acceptance_rate}: give one of the two"
+            )
+        if self.synthetic_length is not None and spec.num_draft_tokens == 0:
+            raise ConfigError("synthetic acceptance needs num_draft_tokens >= 1, it is 0")
+        rows = sched.max_num_seqs * (self.num_draft_tokens + 1)
+        if sched.max_num_batched_tokens <= rows:
+            raise ConfigError(
+                f"max_num_batched_tokens = {sched.max_num_batched_tokens}: must exceed "
+                f"max_num_seqs x (num_draft_tokens + 1) = {rows}, or prefill would starve"
+            )
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """K_max in effect: 0 without a draft."""
+        return 0 if self.model.draft is None else self.speculation.num_draft_tokens
+
+    @property
+    def synthetic_length(self) -> float | None:
+        spec = self.speculation
+        if spec.synthetic_acceptance_rate is not None:
+            return 1.0 + spec.num_draft_tokens * spec.synthetic_acceptance_rate
+        return spec.synthetic_acceptance_length
+
+    def to_toml(self) -> str:
+        """The effective values as a TOML file that resolve() reads back; secrets are masked."""
+        lines = []
+        for section in dataclasses.fields(self):
+            lines.append(f"[{section.name}]")
+            values = getattr(self, section.name)
+            for f in dataclasses.fields(values):
+                value = getattr(values, f.name)
+                if value is None:
+                    lines.append(f"# {f.name}: none")
+                elif f.metadata["secret"]:
+                    lines.append(f"# {f.name}: set")
+                else:
+                    shown = list(value) if isinstance(value, tuple) else value
+                    lines.append(f"{f.name} = {json.dumps(shown)}")
+            lines.append("")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One field of the tree, for a command line: its section, name, type and metadata."""
+
+    section: str
+    name: str
+    type: Any
+    default: object
+    help: str
+    choices: tuple[str, ...]
+    aliases: tuple[str, ...]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        names = (self.name.replace("_", "-"), *self.aliases)
+        return tuple(f"--{name}" for name in names)
+
+
+def options() -> tuple[Option, ...]:
+    """Every field of every section; names are unique over the tree."""
+    found = []
+    for section, kind in get_type_hints(Config).items():
+        hints = get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            found.append(
+                Option(
+                    section,
+                    f.name,
+                    hints[f.name],
+                    f.default,
+                    f.metadata["help"],
+                    f.metadata["choices"],
+                    f.metadata["aliases"],
+                )
+            )
+    return tuple(found)
+
+
+def resolve(
+    overrides: Mapping[str, object] | None = None,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Flags and keyword arguments (by field name), then environment, then file, then defaults.
+
+    Strings are parsed by the field's type. ConfigError names an unknown key and the nearest one.
+    """
+    environ = os.environ if environ is None else environ
+    known = {o.name: o for o in options()}
+    values: dict[str, object] = {}
+    if file is not None:
+        values |= _read_toml(file, known)
+    for name in known:
+        text = environ.get(ENV_PREFIX + name.upper())
+        if text is not None:
+            values[name] = parse(known[name], text)
+    for name, value in (overrides or {}).items():
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, known)}")
+        values[name] = parse(known[name], value) if isinstance(value, str) else value
+    sections: dict[str, dict[str, object]] = {}
+    for name, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        sections.setdefault(known[name].section, {})[name] = value
+    kinds = get_type_hints(Config)
+    return Config(**{name: kinds[name](**given) for name, given in sections.items()})
+
+
+def parse(option: Option, text: str) -> object:
+    """A flag's or variable's text as the field's type; ConfigError says what was expected."""
+    kinds = _kinds(option.type)
+    if type(None) in kinds and text.lower() in ("none", ""):
+        return None
+    try:
+        if bool in kinds:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if int in kinds:
+            return int(text)
+        if float in kinds:
+            return float(text)
+        if tuple in kinds:
+            return tuple(int(part) for part in text.split(",") if part.strip())
+    except (ValueError, KeyError):
+        wanted = " or ".join(k.__name__ for k in kinds)
+        raise ConfigError(f"{option.name} = {text!r}: expected {wanted}") from None
+    return text
+
+
+def nearest(name: str, known: Mapping[str, object]) -> str:
+    """'; did you mean ...?', or nothing."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _read_toml(file: Path, known: dict[str, Option]) -> dict[str, object]:
+    try:
+        tree = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {file} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {file} is not TOML: {error}") from None
+    values: dict[str, object] = {}
+    for section, table in tree.items():
+        if section not in get_type_hints(Config) or not isinstance(table, dict):
+            sections = dict.fromkeys(get_type_hints(Config))
+            raise ConfigError(f"{file}: unknown section [{section}]{nearest(section, sections)}")
+        for name, value in table.items():
+            if name not in known or known[name].section != section:
+                raise ConfigError(f"{file}: unknown key {section}.{name}{nearest(name, known)}")
+            values[name] = value
+    return values

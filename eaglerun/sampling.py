@@ -1,0 +1,265 @@
+"""Logits to tokens: penalties, filters, and the draw itself.
+
+The token at absolute position t of a sequence is argmax_v(log p_t(v) + g(seed, t, v)), where p_t
+is the target's distribution after penalties and filters and g is counter-based Gumbel noise
+(kernels/reference/noise.py); greedy sequences have no noise. It does not depend on what was
+drafted, which makes speculative output equal plain output, token for token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels.reference.noise import TOKEN, gumbel
+from eaglerun.kernels.reference.vocab_argmax import vocab_argmax
+from eaglerun.messages import SamplingParams
+
+# Fixed widths of the per-slot lists, so that their tensors keep their addresses.
+MAX_STOP_IDS = 64
+MAX_LOGIT_BIAS = 300
+
+
+class SamplingState:
+    """Sampling parameters and accepted history of every slot; the last row is the padding slot.
+
+    Shapes (S slots + 1, V vocabulary): scalars [S + 1]; bias_ids, bias_values [S + 1, 300]
+    (id -1: none); stop_ids [S + 1, 64] (-1: none); output_counts [S + 1, V] int16;
+    prompt_bits [S + 1, ceil(V / 32)] int32; num_generated [S + 1] int64.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        rows = num_slots + 1
+
+        def scalar(value: float) -> Tensor:
+            return torch.full((rows,), value, dtype=torch.float32, device=device)
+
+        def integer(value: int, *shape: int) -> Tensor:
+            return torch.full((rows, *shape), value, dtype=torch.int64, device=device)
+
+        self.temperature = scalar(0.0)
+        self.top_p = scalar(1.0)
+        self.min_p = scalar(0.0)
+        self.repetition_penalty = scalar(1.0)
+        self.presence_penalty = scalar(0.0)
+        self.frequency_penalty = scalar(0.0)
+        self.top_k = integer(0)
+        self.seed = integer(0)
+        self.min_tokens = integer(0)
+        self.num_generated = integer(0)
+        self.bias_ids = integer(-1, MAX_LOGIT_BIAS)
+        self.bias_values = torch.zeros(rows, MAX_LOGIT_BIAS, device=device)
+        self.stop_ids = integer(-1, MAX_STOP_IDS)
+        self.output_counts = torch.zeros(rows, vocab_size, dtype=torch.int16, device=device)
+        words = -(-vocab_size // 32)
+        self.prompt_bits = torch.zeros(rows, words, dtype=torch.int32, device=device)
+        self.vocab_size = vocab_size
+        self.params: list[SamplingParams | None] = [None] * rows
+
+    def admit(
+        self,
+        slot: int,
+        params: SamplingParams,
+        seed: int,
+        stop_ids: tuple[int, ...],
+        prompt_ids: tuple[int, ...],
+        output_ids: tuple[int, ...],
+        num_generated: int,
+    ) -> None:
+        """Take over a slot; the histories are empty where no penalty needs them."""
+        self.params[slot] = params
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "top_k",
+            "min_tokens",
+        ):
+            getattr(self, name)[slot] = getattr(params, name)
+        self.seed[slot] = seed
+        self.num_generated[slot] = num_generated
+        device = self.seed.device
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=device)
+            self.bias_ids[slot, : len(ids)] = ids
+            self.bias_ids[slot, len(ids) :] = -1
+            values = torch.tensor(list(params.logit_bias.values()), device=device)
+            self.bias_values[slot, : len(ids)] = values
+        if params.min_tokens:
+            self.stop_ids[slot] = -1
+            self.stop_ids[slot, : len(stop_ids)] = torch.tensor(stop_ids, device=device)
+        if params.penalized:
+            self.output_counts[slot] = 0
+            if output_ids:
+                ids = torch.tensor(output_ids, device=device)
+                ones = torch.ones_like(ids, dtype=torch.int16)
+                self.output_counts[slot].scatter_add_(0, ids, ones)
+            self.prompt_bits[slot] = 0
+            if prompt_ids:
+                ids = torch.tensor(sorted(set(prompt_ids)), device=device)
+                bits = torch.bitwise_left_shift(torch.ones_like(ids), ids % 32)
+                words = torch.zeros(self.prompt_bits.shape[1], dtype=torch.int64, device=device)
+                words.scatter_add_(0, ids // 32, bits)
+                self.prompt_bits[slot] = words.to(torch.int32)
+
+    def add_tokens(self, slots: Tensor, tokens: Tensor) -> None:
+        """Count newly accepted tokens. tokens [B, Q], -1 where a row emitted none."""
+        real = tokens >= 0
+        self.num_generated.index_add_(0, slots, real.sum(dim=1))
+        if any(p is not None and p.penalized for p in self.params):
+            flat = slots[:, None] * self.vocab_size + tokens.clamp(min=0)
+            self.output_counts.view(-1).scatter_add_(0, flat.view(-1), real.view(-1).short())
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the rows of one batch need, so that what nobody asked for costs nothing."""
+
+    bias: bool
+    penalties: bool
+    min_tokens: bool
+    sampled: bool
+    all_sampled: bool
+    min_p: bool
+    ranked: bool  # top_k or top_p
+
+    @staticmethod
+    def of(params: list[SamplingParams]) -> "Features":
+        drawn = [p for p in params if not p.greedy]
+        return Features(
+            bias=any(p.logit_bias for p in params),
+            penalties=any(p.penalized for p in params),
+            min_tokens=any(p.min_tokens for p in params),
+            sampled=bool(drawn),
+            all_sampled=len(drawn) == len(params),
+            min_p=any(p.min_p > 0 for p in drawn),
+            ranked=any(p.top_k > 0 or p.top_p < 1 for p in drawn),
+        )
+
+
+def adjust(
+    logits: Tensor, state: SamplingState, slots: Tensor, drafts: Tensor, features: Features
+) -> Tensor:
+    """Logits after logit_bias, penalties and the min_tokens mask.
+
+    Row j of a sequence counts the accepted history plus its drafted prefix d1 .. dj:
+      repetition  l / r if l > 0 else l * r, for tokens of the prompt or the output
+      frequency   l - f * count;  presence  l - p * [count > 0], output tokens only
+
+    Shapes  logits [B, Q, V]; slots [B]; drafts [B, Q - 1] int64. Returns [B, Q, V], a new tensor
+            where anything changed.
+    Source  OpenAI's API reference (frequency, presence); Keskar et al. 2019, arXiv:1909.05858,
+            section 4.1 (repetition, in the signed form of the Hugging Face library).
+    """
+    B, Q, V = logits.shape
+    if features.bias:
+        ids, values = state.bias_ids[slots], state.bias_values[slots]
+        bias = torch.zeros(B, V + 1, dtype=logits.dtype, device=logits.device)
+        bias.scatter_(1, torch.where(ids >= 0, ids, V), values.to(logits.dtype))
+        logits = logits + bias[:, None, :V]
+    if features.penalties:
+        logits = _penalize(logits, state, slots, drafts)
+    if features.min_tokens:
+        row = torch.arange(Q, device=logits.device)
+        early = state.num_generated[slots][:, None] + row < state.min_tokens[slots][:, None]
+        ids = state.stop_ids[slots]
+        stop = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
+        stop.scatter_(1, torch.where(ids >= 0, ids, V), True)
+        logits = logits.masked_fill(early[:, :, None] & stop[:, None, :V], -torch.inf)
+    return logits
+
+
+def _penalize(logits: Tensor, state: SamplingState, slots: Tensor, drafts: Tensor) -> Tensor:
+    B, Q, V = logits.shape
+    counts = state.output_counts[slots].to(logits.dtype)[:, None, :].repeat(1, Q, 1)
+    for j in range(Q - 1):
+        # Draft j + 1 is part of the history of every later row.
+        one = torch.ones(B, Q - 1 - j, 1, dtype=logits.dtype, device=logits.device)
+        at = drafts[:, j, None, None].expand(B, Q - 1 - j, 1)
+        counts[:, j + 1 :].scatter_add_(2, at, one)
+    token = torch.arange(V, device=logits.device)
+    prompt = (state.prompt_bits[slots][:, token // 32] >> (token % 32).int()) & 1
+
+    def of(values: Tensor) -> Tensor:
+        return values[slots].to(logits.dtype)[:, None, None]
+
+    seen = (counts > 0) | prompt.bool()[:, None, :]
+    r = of(state.repetition_penalty)
+    logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
+    logits = logits - of(state.frequency_penalty) * counts
+    return logits - of(state.presence_penalty) * (counts > 0)
+
+
+def filtered(logits: Tensor, state: SamplingState, slots: Tensor, features: Features) -> Tensor:
+    """Log-probabilities of the distribution that is sampled: temperature, min_p, top_k, top_p.
+
+    min_p keeps p >= min_p * max p; top_k the k largest; top_p the smallest set of the largest
+    whose probability reaches top_p. Among equals at a boundary the lower id stays. Filters work
+    one after the other, each on the renormalised rest. Greedy rows come back as logits.
+
+    Shapes  logits [B, Q, V]; slots [B]; returns [B, Q, V], -inf where filtered out.
+    """
+    temperature = state.temperature[slots].to(logits.dtype)[:, None, None]
+    logits = logits / torch.where(temperature > 0, temperature, 1.0)
+    if features.min_p:
+        min_p = state.min_p[slots].to(logits.dtype)[:, None, None]
+        floor = logits.amax(dim=-1, keepdim=True) + torch.log(min_p)
+        logits = torch.where(logits < floor, -torch.inf, logits)
+    if features.ranked:
+        V = logits.shape[-1]
+        top_k = state.top_k[slots][:, None, None]
+        top_p = state.top_p[slots].to(logits.dtype)[:, None, None]
+        ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+        rank = torch.arange(V, device=logits.device)
+        drop = (rank >= top_k) & (top_k > 0)
+        ordered = ordered.masked_fill(drop, -torch.inf)
+        probs = torch.softmax(ordered, dim=-1)
+        drop = (probs.cumsum(dim=-1) - probs >= top_p) & (top_p < 1) & (rank > 0)
+        ordered = ordered.masked_fill(drop, -torch.inf)
+        logits = torch.empty_like(logits).scatter_(-1, ids, ordered)
+    return torch.log_softmax(logits, dim=-1)
+
+
+def draw(
+    logits: Tensor,
+    logp: Tensor | None,
+    state: SamplingState,
+    slots: Tensor,
+    positions: Tensor,
+    stream: int = TOKEN,
+) -> Tensor:
+    """One token per row: argmax of log p + Gumbel noise, or of the logits where greedy.
+
+    Shapes  logits, logp [B, Q, V] (logp None: every row is greedy); slots [B]; positions [B, Q]
+            int64, absolute, of the token to be drawn. Returns [B, Q] int64.
+    """
+    B, Q, V = logits.shape
+    best = vocab_argmax(logits.view(-1, V)).view(B, Q)
+    if logp is None:
+        return best
+    seeds = state.seed[slots][:, None].expand(B, Q).reshape(-1)
+    noise = gumbel(seeds, positions.reshape(-1), stream, V).view(B, Q, V)
+    sampled = vocab_argmax((logp + noise).view(-1, V)).view(B, Q)
+    return torch.where(state.temperature[slots][:, None] > 0, sampled, best)
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobRows:
+    """Log-probabilities of R rows: the chosen token's, its rank (0 = best), the best ``n``."""
+
+    chosen: Tensor  # [R]
+    rank: Tensor  # [R]
+    top_ids: Tensor  # [R, n]
+    top: Tensor  # [R, n]
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor, count: int) -> LogprobRows:
+    """log-softmax of ``logits`` [R, V] at ``tokens`` [R] (-1: anything) and its ``count`` best."""
+    logp = torch.log_softmax(logits, dim=-1)
+    chosen = logp.gather(1, tokens.clamp(min=0)[:, None])
+    rank = (logp > chosen).sum(dim=1)
+    top, top_ids = torch.topk(logp, count, dim=-1)
+    return LogprobRows(chosen[:, 0], rank, top_ids, top)

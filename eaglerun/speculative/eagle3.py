@@ -1,0 +1,113 @@
+"""Propose: the EAGLE3 draft's part of a step.
+
+The draft row (embedding of x_p, fc(aux of position p - 1)) stands at position p and predicts
+x_(p+1). Its keys and values depend on its inputs only, so every target forward fills them for the
+tokens it made certain; attention, MLP and head run on the one row per sequence that proposes.
+"""
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels.reference.draft_inputs import draft_inputs, kv_slots_of
+from eaglerun.kernels.reference.noise import DRAFT, TOKEN
+from eaglerun.kernels.reference.vocab_argmax import vocab_argmax
+from eaglerun.models.attention import AttentionBatch, DraftKV
+from eaglerun.models.eagle3_llama import Eagle3Llama
+from eaglerun.sampling import Features, SamplingState, draw, filtered
+
+
+def fill_accepted(
+    draft: Eagle3Llama,
+    kv: DraftKV,
+    emitted: Tensor,
+    hidden: Tensor,
+    length: Tensor,
+    block_table: Tensor,
+    block_size: int,
+) -> None:
+    """Draft KV of the tokens a verify emitted: token i of a sequence at position length + i.
+
+    Shapes  emitted [B, Q] int64 (-1: none); hidden [B * Q, H], fc(aux) of the verify rows; length
+            [B] int64 before the step; block_table [B, M].
+    """
+    i = torch.arange(emitted.shape[1], device=emitted.device)
+    positions = torch.where(emitted >= 0, length[:, None] + i, -1)
+    slots = kv_slots_of(positions, block_table, block_size)
+    draft.fill_kv(emitted.clamp(min=0).view(-1), hidden, positions.view(-1), slots.view(-1), kv)
+
+
+class Sampler:
+    """Draws draft tokens from the draft's own distribution (probabilistic drafts)."""
+
+    def __init__(
+        self, state: SamplingState, slots: Tensor, features: Features, rejection: bool
+    ) -> None:
+        self._state = state
+        self._slots = slots
+        self._features = features
+        # Drafter-invariant verification wants the target's own noise; the rejection rule noise
+        # that is independent of it.
+        self._stream = DRAFT if rejection else TOKEN
+
+    def __call__(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B] for ``positions`` [B], and the distribution [B, V] they were drawn from."""
+        rows = logits[:, None]
+        logp = filtered(rows, self._state, self._slots, self._features)
+        at = positions[:, None]
+        tokens = draw(rows, logp, self._state, self._slots, at, self._stream)
+        return tokens[:, 0], logp[:, 0].exp()
+
+
+def propose(
+    draft: Eagle3Llama,
+    kv: DraftKV,
+    tokens: Tensor,
+    hidden: Tensor,
+    position: Tensor,
+    num_propose: Tensor,
+    num_passes: int,
+    block_table: Tensor,
+    block_size: int,
+    max_seq_len: int,
+    vocab_size: int,
+    sampler: Sampler | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Draft ``num_passes`` tokens after the newest token of each of B sequences.
+
+    Shapes  tokens, position [B] int64: the newest token and where it stands; hidden [B, H], fc(aux)
+            of the position before; num_propose [B] int64, passes that count for the sequence
+            (later rows are padding); block_table [B, M]; max_seq_len: upper bound of position + 1.
+            Returns draft ids [B, num_passes] in the target's vocabulary, and the distributions
+            [B, num_passes, vocab_size] where ``sampler`` drew them.
+    """
+    B = tokens.shape[0]
+    seq_ids = torch.arange(B, device=tokens.device)
+    cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=tokens.device)
+    drafts, probs = [], []
+    for s in range(num_passes):
+        positions, slots, seq_lens = draft_inputs(position, s, num_propose, block_table, block_size)
+        batch = AttentionBatch(
+            positions=positions.view(-1),
+            kv_slots=slots.view(-1),
+            seq_ids=seq_ids,
+            block_tables=block_table,
+            cu_seqlens_q=cu_seqlens,
+            seq_lens=seq_lens,
+            max_q_len=1,
+            max_seq_len=max_seq_len + s,
+            uniform=True,
+            q_lens=(1,) * B,
+        )
+        normed, hidden = draft.forward(tokens, hidden, batch, kv)
+        logits = draft.logits(normed)
+        if sampler is None:
+            tokens = draft.to_target_ids(vocab_argmax(logits))
+        else:
+            if draft.d2t is not None:
+                wide = logits.new_full((B, vocab_size), -torch.inf)
+                ids = torch.arange(logits.shape[1], device=logits.device)
+                logits = wide.index_copy(1, draft.to_target_ids(ids), logits)
+            tokens, drawn_from = sampler(logits, position + s + 1)
+            probs.append(drawn_from)
+        drafts.append(tokens)
+    return torch.stack(drafts, dim=1), torch.stack(probs, dim=1) if probs else None

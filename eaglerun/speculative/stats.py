@@ -1,0 +1,92 @@
+"""Counting acceptance: per sequence, in total, by position and by context length.
+
+AL = 1 + accepted / steps, where a step is one verify of at least one draft. The identity
+``emitted = sampled by prefill + decode rows + accepted - trimmed`` is asserted at each commit.
+"""
+
+from dataclasses import dataclass, field
+
+from eaglerun.errors import EngineError
+from eaglerun.messages import MAX_DRAFT_TOKENS, SpeculationStats
+
+
+class AcceptanceCounter:
+    """Running counts behind a SpeculationStats."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.drafted = 0
+        self.accepted = 0
+        self._histogram = [0] * (MAX_DRAFT_TOKENS + 1)
+        self._judged_at = [0] * MAX_DRAFT_TOKENS
+
+    def add(self, num_drafts: int, num_accepted: int) -> None:
+        """One verify of ``num_drafts`` >= 1 drafts, the first ``num_accepted`` of them right."""
+        self.steps += 1
+        self.drafted += num_drafts
+        self.accepted += num_accepted
+        self._histogram[num_accepted] += 1
+        for i in range(num_drafts):
+            self._judged_at[i] += 1
+
+    def stats(self) -> SpeculationStats:
+        width = max((i + 1 for i, n in enumerate(self._judged_at) if n), default=0)
+        accepted_at = [sum(self._histogram[i + 1 :]) for i in range(width)]
+        return SpeculationStats(
+            steps=self.steps,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            histogram=tuple(self._histogram[: width + 1]) if width else (),
+            judged_at=tuple(self._judged_at[:width]),
+            accepted_at=tuple(accepted_at),
+        )
+
+
+def context_bucket(num_tokens: int) -> int:
+    """Upper end (exclusive, a power of two, at least 1024) of the bucket of a context length."""
+    return max(1024, 1 << num_tokens.bit_length())
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since start. Tokens are counted after trimming unless the name says otherwise.
+
+    prompt_tokens      prompt tokens of admitted requests (each request once)
+    cached_tokens      of those, taken from the prefix cache
+    emitted_tokens     tokens that left in Tokens events
+    prefill_samples    tokens sampled by a final prefill chunk (after a preemption too)
+    decode_rows        verify rows committed, with or without drafts
+    trimmed_tokens     computed past an EOS, stop or length limit and dropped
+    steps_discarded    rows computed for a sequence that had already ended
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    emitted_tokens: int = 0
+    prefill_samples: int = 0
+    decode_rows: int = 0
+    trimmed_tokens: int = 0
+    steps_discarded: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    acceptance: AcceptanceCounter = field(default_factory=AcceptanceCounter)
+    by_context: dict[int, AcceptanceCounter] = field(default_factory=dict)
+    accepted_tokens: int = 0
+
+    def add_decode_row(self, context_len: int, num_drafts: int, num_accepted: int) -> None:
+        self.decode_rows += 1
+        self.accepted_tokens += num_accepted
+        if num_drafts:
+            self.acceptance.add(num_drafts, num_accepted)
+            bucket = context_bucket(context_len)
+            self.by_context.setdefault(bucket, AcceptanceCounter()).add(num_drafts, num_accepted)
+
+    def check_identity(self) -> None:
+        computed = self.prefill_samples + self.decode_rows + self.accepted_tokens
+        if self.emitted_tokens != computed - self.trimmed_tokens:
+            raise EngineError(
+                f"{self.emitted_tokens} tokens emitted, but {self.prefill_samples} prefill samples "
+                f"+ {self.decode_rows} decode rows + {self.accepted_tokens} accepted drafts "
+                f"- {self.trimmed_tokens} trimmed = {computed - self.trimmed_tokens}"
+            )

@@ -1,0 +1,138 @@
+"""Accept: judge the drafts of a step against the target's logits, and choose what is emitted.
+
+Two lossless rules. *invariant* (default): a draft stands iff it is the token that sampling
+without a draft would have chosen at its place; the same seed gives the same output at any K.
+*rejection*: the classic rule of speculative sampling; the same distribution, but what a seed gives
+depends on K. Synthetic acceptance forces a given mean length for benchmarks; its text means
+nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eaglerun.errors import ConfigError
+from eaglerun.kernels.reference.accept import accept
+from eaglerun.kernels.reference.noise import ACCEPT, RECOVER, SYNTHETIC, gumbel, uniform
+from eaglerun.kernels.reference.vocab_argmax import vocab_argmax
+from eaglerun.sampling import Features, SamplingState, adjust, draw, filtered
+
+
+def synthetic_rates(length: float, num_draft_tokens: int) -> tuple[float, ...]:
+    """Conditional acceptance probability of each position for a mean acceptance length.
+
+    The minimum-variance schedule: with x = length - 1 and f = floor(x), f positions always
+    stand, the next with probability x - f, the others never.
+    Raises  ConfigError if length is not in [1, K + 1].
+    Source  vLLM 0.33, vllm/config/speculative.py, the unconditional rates [1]*f + [x-f] + [0]...
+    """
+    k = num_draft_tokens
+    if not 1 <= length <= k + 1:
+        raise ConfigError(f"synthetic_acceptance_length = {length}: allowed 1 to {k + 1} (K + 1)")
+    whole = int(length - 1)
+    rates = ([1.0] * whole + [length - 1 - whole] + [0.0] * k)[:k]
+    before = [1.0, *rates]
+    return tuple(r / b if b else 0.0 for r, b in zip(rates, before, strict=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """emitted [B, Q] int64 (-1: none), accepted [B] int64, scored [B, Q, V]: the logits after
+    penalties and filters, for processed log-probabilities."""
+
+    emitted: Tensor
+    accepted: Tensor
+    scored: Tensor
+
+
+def verify(
+    logits: Tensor,
+    drafts: Tensor,
+    draft_probs: Tensor | None,
+    num_drafts: Tensor,
+    length: Tensor,
+    slots: Tensor,
+    state: SamplingState,
+    features: Features,
+    rejection: bool,
+    synthetic: tuple[float, ...],
+) -> Verified:
+    """Judge up to K drafts of B sequences.
+
+    Shapes  logits [B, K + 1, V], row j after the last token and d1 .. dj; drafts [B, K] int64;
+            draft_probs [B, K, V] of sampled drafts, None where drafts are one-hot; num_drafts [B]
+            int64, -1 on padding sequences; length [B] int64, last token included; slots [B].
+    """
+    B, Q, V = logits.shape
+    positions = length[:, None] + torch.arange(Q, device=logits.device)
+    logits = adjust(logits, state, slots, drafts, features)
+    logp = filtered(logits, state, slots, features) if features.sampled else None
+    scored = logits if logp is None else logp
+    if synthetic:
+        targets, matches = _synthetic(logits, drafts, positions, slots, state, synthetic)
+    else:
+        targets = draw(logits, logp, state, slots, positions)
+        matches = targets[:, :-1] == drafts
+        if rejection and logp is not None and Q > 1:
+            stands, recovered = _reject(logp, drafts, draft_probs, positions, slots, state)
+            sampled = (state.temperature[slots] > 0)[:, None]
+            matches = torch.where(sampled, stands, matches)
+            judged = torch.arange(Q - 1, device=logits.device) < num_drafts[:, None]
+            chosen = torch.where(stands, drafts, recovered)
+            targets = torch.cat(
+                [torch.where(sampled & judged, chosen, targets[:, :-1]), targets[:, -1:]], dim=1
+            )
+    emitted, accepted = accept(targets, matches, num_drafts)
+    return Verified(emitted, accepted, scored)
+
+
+def _reject(
+    logp: Tensor,
+    drafts: Tensor,
+    draft_probs: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+    state: SamplingState,
+) -> tuple[Tensor, Tensor]:
+    """The classic rule: a draft d stands iff u * q(d) < p(d), else a token of max(p - q, 0).
+
+    With one-hot drafts q(d) = 1 and the rest is p without d. Returns matches [B, K] bool and
+    recovered [B, K] int64.
+    Source  Leviathan et al. 2023, arXiv:2211.17192, section 2.3.
+    """
+    B, K = drafts.shape
+    V = logp.shape[-1]
+    p = logp[:, :-1].exp()
+    at = positions[:, :-1].reshape(-1)
+    seeds = state.seed[slots][:, None].expand(B, K).reshape(-1)
+    u = uniform(seeds, at, ACCEPT).view(B, K)
+    p_draft = p.gather(2, drafts[:, :, None])[:, :, 0]
+    if draft_probs is None:
+        q_draft = torch.ones_like(p_draft)
+        rest = p.scatter(2, drafts[:, :, None], 0.0)
+    else:
+        q_draft = draft_probs.gather(2, drafts[:, :, None])[:, :, 0].to(p.dtype)
+        rest = (p - draft_probs.to(p.dtype)).clamp(min=0)
+    noise = gumbel(seeds, at, RECOVER, V).view(B, K, V)
+    recovered = vocab_argmax((rest.log() + noise).view(-1, V)).view(B, K)
+    return u * q_draft < p_draft, recovered
+
+
+def _synthetic(
+    logits: Tensor,
+    drafts: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    state: SamplingState,
+    rates: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
+    """Accept draft j with probability rates[j] whatever the target says; else its argmax."""
+    B, Q, V = logits.shape
+    best = vocab_argmax(logits.view(-1, V)).view(B, Q)
+    K = Q - 1
+    seeds = state.seed[slots][:, None].expand(B, K).reshape(-1)
+    u = uniform(seeds, positions[:, :-1].reshape(-1), SYNTHETIC).view(B, K)
+    matches = u < torch.tensor(rates[:K], dtype=u.dtype, device=u.device)
+    targets = torch.cat([torch.where(matches, drafts, best[:, :-1]), best[:, -1:]], dim=1)
+    return targets, matches

@@ -1,0 +1,75 @@
+"""Token ids to text, incrementally, and the search for stop strings."""
+
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text that is now final, and the stop string that ended it, if one did."""
+
+    text: str
+    stop: str | None = None
+
+
+class TextStream:
+    """The text of one sequence as its tokens arrive.
+
+    Text that could still turn into a stop string is held back until it cannot; ``finish``
+    releases it. Incomplete UTF-8 waits for its remaining bytes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        include_stop: bool,
+        skip_special_tokens: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._include_stop = include_stop
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._held = ""
+        self._incomplete = False
+
+    def push(self, token_id: int, may_stop: bool = True) -> TextDelta:
+        """Add one token. ``may_stop`` false: its text cannot complete a stop string."""
+        piece = self._stream.step(self._tokenizer, token_id)
+        self._incomplete = piece is None
+        if piece is None:
+            return TextDelta("")
+        if not self._stop:
+            return TextDelta(piece)
+        if not may_stop:
+            text, self._held = self._held + piece, ""
+            return TextDelta(text)
+        text = self._held + piece
+        found = [(text.find(s), -len(s), s) for s in self._stop if s in text]
+        if found:
+            at, _, stop = min(found)
+            self._held = ""
+            end = at + len(stop) if self._include_stop else at
+            return TextDelta(text[:end], stop)
+        keep = max(_overlap(text, s) for s in self._stop)
+        cut = len(text) - keep
+        self._held = text[cut:]
+        return TextDelta(text[:cut])
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come; U+FFFD for bytes that stay incomplete."""
+        text, self._held = self._held, ""
+        if self._incomplete:
+            self._incomplete = False
+            text += "\ufffd"
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

@@ -1,0 +1,64 @@
+"""Where the rows of a decode step stand: ids, positions, KV slots and lengths, on the device."""
+
+import torch
+from torch import Tensor
+
+
+def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tensor:
+    """KV slot of each position: block_table[p // block_size] * block_size + p % block_size.
+
+    Shapes  positions [B, Q] int64, -1 on padding rows; block_table [B, M] int32; returns [B, Q]
+            int64, -1 where the position is -1.
+    Source  facts of paged attention: vLLM's slot mapping.
+    """
+    at = positions.clamp(min=0)
+    blocks = torch.gather(block_table.long(), 1, at // block_size)
+    return torch.where(positions >= 0, blocks * block_size + at % block_size, -1)
+
+
+def verify_inputs(
+    length: Tensor,
+    last_token: Tensor,
+    draft_tokens: Tensor,
+    num_drafts: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows [last token, d1 .. dk] that the target runs for each sequence.
+
+    Row j stands at position length - 1 + j; it is a padding row where j > num_drafts. Keys that
+    the rows see, once their own are written: length + num_drafts.
+
+    Shapes  length, last_token, num_drafts [B] int64 (num_drafts -1 on padding sequences);
+            draft_tokens [B, >= num_rows - 1]; block_table [B, M] int32. Returns token_ids,
+            positions, kv_slots [B, num_rows] int64 and seq_lens [B] int32. Padding rows: id 0,
+            position -1, slot -1.
+    """
+    row = torch.arange(num_rows, device=length.device)
+    real = row <= num_drafts[:, None]
+    ids = torch.cat([last_token[:, None], draft_tokens[:, : num_rows - 1]], dim=1)
+    ids = torch.where(real, ids, 0)
+    positions = torch.where(real, length[:, None] - 1 + row, -1)
+    seq_lens = torch.where(num_drafts >= 0, length + num_drafts, 0)
+    return ids, positions, kv_slots_of(positions, block_table, block_size), seq_lens.int()
+
+
+def draft_inputs(
+    position: Tensor, pass_index: int, num_propose: Tensor, block_table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Position, KV slot and length of the one row per sequence that draft pass ``pass_index`` runs.
+
+    The row of pass s stands s places after the newest token. Its KV is written from pass 1 on
+    (the fill wrote that of pass 0). Sequences that propose fewer than s + 1 tokens have a padding
+    row (vLLM's rule for lengths: rejected rows are behind, not under, the new ones).
+
+    Shapes  position [B] int64, of the newest token; num_propose [B] int64; block_table [B, M].
+            Returns positions [B, 1], kv_slots [B, 1] int64 and seq_lens [B] int32.
+    """
+    real = pass_index < num_propose
+    at = torch.where(real, position + pass_index, -1)[:, None]
+    slots = kv_slots_of(at, block_table, block_size)
+    if pass_index == 0:
+        slots = torch.full_like(slots, -1)
+    return at, slots, (at[:, 0] + 1).int()
