@@ -1,0 +1,204 @@
+"""The EAGLE3 draft: one Llama layer over the target's hidden states."""
+
+import torch
+from torch import Tensor, nn
+
+from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
+from eaglerun.kernels.reference.kv_store import draft_kv_store
+from eaglerun.kernels.reference.swiglu_oai import swiglu
+from eaglerun.models.attention import AttentionBatch, DraftKV, dense_attention
+from eaglerun.models.layers import Embedding, Linear, Norm, Rope
+from eaglerun.spec import DraftSpec
+
+
+class DraftAttention(nn.Module):
+    """qkv_proj over [embedding | hidden] (rows q, k, v) and o_proj."""
+
+    def __init__(self, spec: DraftSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        heads, groups, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+        self.q_rows = heads * dim
+        self.all_rows = (heads + 2 * groups) * dim
+        self.qkv_proj = Linear(
+            2 * spec.hidden_size,
+            self.all_rows,
+            device=device,
+            dtype=dtype,
+            bias=spec.attention_bias,
+        )
+        self.o_proj = Linear(self.q_rows, spec.hidden_size, device=device, dtype=dtype)
+
+
+class DraftMLP(nn.Module):
+    """down(silu(gate) * up); gate rows, then up rows."""
+
+    def __init__(self, spec: DraftSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        size, width = spec.hidden_size, spec.intermediate_size
+        self.gate_up_proj = Linear(size, 2 * width, device=device, dtype=dtype)
+        self.down_proj = Linear(width, size, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        out: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
+        return out
+
+
+class DraftLayer(nn.Module):
+    def __init__(self, spec: DraftSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        size, eps = spec.hidden_size, spec.rms_norm_eps
+        self.hidden_norm = Norm(size, eps=eps, device=device, dtype=dtype)
+        self.input_layernorm = Norm(size, eps=eps, device=device, dtype=dtype)
+        self.self_attn = DraftAttention(spec, device=device, dtype=dtype)
+        self.post_attention_layernorm = Norm(size, eps=eps, device=device, dtype=dtype)
+        self.mlp = DraftMLP(spec, device=device, dtype=dtype)
+
+
+class Eagle3Llama(nn.Module):
+    """The draft. A row at position p >= 1 pairs the token of p with the hidden state of p - 1
+    (the target's, through combine, or its own feedback) and predicts the token of p + 1. Its
+    K and V lie at the kv_slot of p, it rotates by p - 1, and it sees the rows 1 .. p.
+
+    max_positions  rows of the rope table; the checkpoint's own limit when None. Positions past
+                   the table rotate as its last.
+    """
+
+    d2t: Tensor | None
+
+    def __init__(
+        self,
+        spec: DraftSpec,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_positions: int | None = None,
+    ) -> None:
+        """Raises  ValueError on toggles that exclude one another."""
+        super().__init__()
+        _check(spec)
+        self.spec = spec
+        size, eps = spec.hidden_size, spec.rms_norm_eps
+        chunk, chunks = spec.target_hidden_size, len(spec.taps)
+        self.embed_tokens = Embedding(spec.vocab_size, size, device=device, dtype=dtype)
+        self.fc = (
+            Linear(chunks * chunk, size, device=device, dtype=dtype)
+            if spec.use_aux_hidden_state
+            else None
+        )
+        self.fc_norm = (
+            Norm(chunks, chunk, eps=eps, device=device, dtype=dtype) if spec.fc_norm else None
+        )
+        self.input_norm = (
+            Norm(chunks * chunk, eps=eps, device=device, dtype=dtype)
+            if spec.norm_before_fc
+            else None
+        )
+        self.layer = DraftLayer(spec, device=device, dtype=dtype)
+        self.norm = Norm(size, eps=eps, device=device, dtype=dtype)
+        self.lm_head = Linear(size, spec.draft_vocab_size, device=device, dtype=dtype)
+        if spec.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer(
+            "d2t",
+            torch.empty(spec.draft_vocab_size, device=device, dtype=torch.int64)
+            if spec.draft_vocab_size < spec.vocab_size
+            else None,
+        )
+        self.rope = Rope(
+            max_positions or spec.max_position_embeddings,
+            spec.head_dim,
+            spec.rope_theta,
+            dtype,
+        )
+
+    def combine(self, aux: Tensor) -> Tensor:
+        """The target's tapped states, aux [taps, N, target hidden] -> hidden [N, hidden]."""
+        if self.fc is None:
+            return aux[0]
+        chunks = aux.transpose(0, 1)
+        if self.fc_norm is not None:
+            joined = group_rmsnorm(chunks, self.fc_norm.weight, self.fc_norm.eps)
+        else:
+            joined = chunks.flatten(1)
+        if self.input_norm is not None:
+            joined = self.input_norm(joined)
+        hidden: Tensor = self.fc(joined)
+        return hidden
+
+    def fill_kv(
+        self, token_ids: Tensor, hidden: Tensor, positions: Tensor, kv_slots: Tensor, kv: DraftKV
+    ) -> None:
+        """Write K and V of the rows (token_ids [N], hidden [N, hidden]) with a kv_slot.
+
+        One layer's K and V depend on its input alone, so no attention, MLP or head runs.
+        """
+        attention = self.layer.self_attn
+        joined = self._join(token_ids, hidden)
+        kv_rows = attention.qkv_proj.rows(joined, attention.q_rows, attention.all_rows)
+        table = self.rope.table(joined.device)
+        draft_kv_store(kv_rows, positions, kv_slots, table, kv.k, kv.v)
+
+    def forward(
+        self, token_ids: Tensor, hidden: Tensor, batch: AttentionBatch, kv: DraftKV
+    ) -> tuple[Tensor, Tensor]:
+        """token_ids [N], hidden [N, hidden] -> (normed f, feedback), both [N, hidden].
+
+        f goes to logits, feedback is the hidden of the next pass. Rows of padding may hold any
+        hidden, NaN too; their outputs are finite.
+        Writes  K and V of the rows with a kv_slot.
+        """
+        hidden = hidden.masked_fill((batch.positions < 0)[:, None], 0.0)
+        joined = self._join(token_ids, hidden)
+        if self.spec.norm_before_residual:
+            hidden = joined[:, self.spec.hidden_size :]
+        attention = self.layer.self_attn
+        table = self.rope.table(joined.device)
+        qkv: Tensor = attention.qkv_proj(joined)
+        q = draft_kv_store(qkv, batch.positions, batch.kv_slots, table, kv.k, kv.v)
+        attended = dense_attention(
+            q, kv.k, kv.v, batch, first_key=1, window=self.spec.sliding_window
+        )
+        x: Tensor = attention.o_proj(attended.flatten(1))
+        x, residual = self.layer.post_attention_layernorm.add(x, hidden)
+        x = self.layer.mlp(x)
+        normed, residual = self.norm.add(x, residual)
+        return normed, normed if self.spec.norm_output else residual
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """normed [M, hidden] -> [M, draft_vocab] float32 (float64 in a float64 model), computed
+        in the model's dtype, times logit_scale."""
+        return wide(self.lm_head(normed)) * self.spec.logit_scale
+
+    def to_target_ids(self, ids: Tensor) -> Tensor:
+        """Draft vocabulary ids as the target's: id + d2t[id]."""
+        return ids if self.d2t is None else ids + self.d2t[ids]
+
+    def _join(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
+        layer = self.layer
+        return dual_rmsnorm_cat(
+            self.embed_tokens(token_ids),
+            hidden,
+            layer.input_layernorm.weight,
+            layer.hidden_norm.weight,
+            layer.hidden_norm.eps,
+        )
+
+
+def _check(spec: DraftSpec) -> None:
+    if spec.fc_norm and spec.norm_before_fc:
+        raise ValueError("fc_norm and norm_before_fc: one norm stands before fc, not two")
+    if not spec.use_aux_hidden_state:
+        if spec.fc_norm or spec.norm_before_fc:
+            raise ValueError("use_aux_hidden_state is false: there is no fc to norm before")
+        if len(spec.taps) != 1 or spec.target_hidden_size != spec.hidden_size:
+            raise ValueError(
+                f"use_aux_hidden_state is false: one tap of width {spec.hidden_size} is the "
+                f"hidden state, got {len(spec.taps)} of width {spec.target_hidden_size}"
+            )
+    if spec.tie_word_embeddings and spec.draft_vocab_size != spec.vocab_size:
+        raise ValueError(
+            f"tie_word_embeddings: a head of {spec.draft_vocab_size} rows is not the embedding "
+            f"of {spec.vocab_size}"
+        )

@@ -1,0 +1,241 @@
+"""MiniMax-M3's text model over paged memory: token ids in, hidden states, aux taps, logits out."""
+
+import torch
+from torch import Tensor, nn
+
+from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference.kv_store import kv_index_store, kv_store
+from eaglerun.models.attention import (
+    AttentionBatch,
+    TargetKV,
+    dense_attention,
+    select_blocks,
+    sparse_attention,
+)
+from eaglerun.models.layers import Embedding, GemmaNorm, Linear, Rope
+from eaglerun.models.moe import DenseMLP, MoE
+from eaglerun.spec import TargetSpec
+
+
+class Attention(nn.Module):
+    """One layer's attention: dense, sparse with its own selection, or sparse with a shared one.
+
+    qkv_proj holds the rows q, k, v and, in a sparse layer, index q and index k. A layer that
+    shares another's selection keeps its index weights (the checkpoint has them) and reads none.
+    """
+
+    def __init__(
+        self, spec: TargetSpec, layer: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer = layer
+        self.sparse = spec.sparse_layers[layer]
+        self.computes_index = self.sparse and not spec.index_shared[layer]
+        heads, groups, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+        eps = spec.rms_norm_eps
+        self.main_rows = (heads + 2 * groups) * dim
+        index_rows = (groups + 1) * spec.index_head_dim if self.sparse else 0
+        self.qkv_proj = Linear(
+            spec.hidden_size, self.main_rows + index_rows, device=device, dtype=dtype
+        )
+        self.o_proj = Linear(heads * dim, spec.hidden_size, device=device, dtype=dtype)
+        self.q_norm = GemmaNorm(dim, eps=eps, device=device, dtype=dtype)
+        self.k_norm = GemmaNorm(dim, eps=eps, device=device, dtype=dtype)
+        if self.sparse:
+            index_dim = spec.index_head_dim
+            self.index_q_norm = GemmaNorm(index_dim, eps=eps, device=device, dtype=dtype)
+            self.index_k_norm = GemmaNorm(index_dim, eps=eps, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        batch: AttentionBatch,
+        kv: TargetKV,
+        rope_table: Tensor,
+        block_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [N, hidden] -> ([N, hidden], the selection now in force).
+
+        block_ids  selection of the last sparse layer that computed one; None before it, and
+                   where no sequence has more blocks than a row may select: all are selected
+                   then, and no score is needed.
+        """
+        k_cache, v_cache = kv.k[self.layer], kv.v[self.layer]
+        store = (batch.positions, batch.kv_slots, self.q_norm.weight, self.k_norm.weight)
+        index_k_cache = kv.index_k[self.layer]
+        if self.computes_index and index_k_cache is not None:
+            qkv: Tensor = self.qkv_proj(x)
+            q, index_q = kv_index_store(
+                qkv,
+                *store,
+                self.index_q_norm.weight,
+                self.index_k_norm.weight,
+                rope_table,
+                self.spec.rms_norm_eps,
+                k_cache,
+                v_cache,
+                index_k_cache,
+            )
+            block_ids = self._select(index_q, index_k_cache, batch)
+        else:
+            qkv = self.qkv_proj.rows(x, 0, self.main_rows)
+            q = kv_store(qkv, *store, rope_table, self.spec.rms_norm_eps, k_cache, v_cache)
+        if self.sparse and block_ids is not None:
+            attended = sparse_attention(q, k_cache, v_cache, block_ids, batch)
+        else:
+            attended = dense_attention(q, k_cache, v_cache, batch)
+        out: Tensor = self.o_proj(attended.flatten(1))
+        return out, block_ids
+
+    def _select(
+        self, index_q: Tensor, index_k_cache: Tensor, batch: AttentionBatch
+    ) -> Tensor | None:
+        spec = self.spec
+        if batch.max_seq_len <= spec.sparse_topk_blocks * spec.sparse_block_size:
+            return None
+        return select_blocks(
+            index_q,
+            index_k_cache,
+            batch,
+            spec.sparse_topk_blocks,
+            spec.sparse_init_blocks,
+            spec.sparse_local_blocks,
+        )
+
+
+class DecoderLayer(nn.Module):
+    """norm, attention, norm, feed-forward over a residual stream handed on as (x, residual)."""
+
+    def __init__(
+        self, spec: TargetSpec, layer: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        size, eps = spec.hidden_size, spec.rms_norm_eps
+        self.input_layernorm = GemmaNorm(size, eps=eps, device=device, dtype=dtype)
+        self.self_attn = Attention(spec, layer, device=device, dtype=dtype)
+        self.post_attention_layernorm = GemmaNorm(size, eps=eps, device=device, dtype=dtype)
+        self.mlp: MoE | DenseMLP = (
+            MoE(spec, device=device, dtype=dtype)
+            if spec.moe_layers[layer]
+            else DenseMLP(spec, spec.dense_intermediate_size, device=device, dtype=dtype)
+        )
+
+    def enter(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed input of attention, and the completed residual stream. x is the sublayer
+        output not yet added; None where the stream is whole."""
+        if x is None:
+            normed: Tensor = self.input_layernorm(residual)
+            return normed, residual
+        return self.input_layernorm.add(x, residual)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        batch: AttentionBatch,
+        kv: TargetKV,
+        rope_table: Tensor,
+        block_ids: Tensor | None,
+        num_experts: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What enter returned -> (feed-forward output, residual, selection in force)."""
+        x, block_ids = self.self_attn(x, batch, kv, rope_table, block_ids)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x, batch.positions, num_experts), residual, block_ids
+        return self.mlp(x), residual, block_ids
+
+
+class MiniMaxM3(nn.Module):
+    """The target. Parameters are created empty; a loader fills them.
+
+    taps           layers whose entering residual stream a forward copies out; num_hidden_layers
+                   stands for the stream before the last norm
+    max_positions  rows of the rope table; the checkpoint's own limit when None
+    """
+
+    def __init__(
+        self,
+        spec: TargetSpec,
+        taps: tuple[int, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_positions: int | None = None,
+    ) -> None:
+        """Raises  ValueError on a tap outside 0 .. num_hidden_layers, index heads that are not
+        the KV heads, or a layer that shares a selection nobody computed before it."""
+        super().__init__()
+        _check(spec, taps)
+        self.spec = spec
+        self.taps = taps
+        self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, i, device=device, dtype=dtype) for i in range(spec.num_hidden_layers)
+        )
+        self.norm = GemmaNorm(spec.hidden_size, eps=spec.rms_norm_eps, device=device, dtype=dtype)
+        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, device=device, dtype=dtype)
+        if spec.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.rope = Rope(
+            max_positions or spec.max_position_embeddings,
+            spec.rotary_dim,
+            spec.rope_theta,
+            dtype,
+        )
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        batch: AttentionBatch,
+        kv: TargetKV,
+        aux: Tensor | None = None,
+        num_experts: Tensor | None = None,
+    ) -> Tensor:
+        """token_ids [N] -> hidden states after the last norm [N, hidden].
+
+        Writes  K, V and index K of the rows with a kv_slot; aux[j, :N] = the residual stream
+                entering layer taps[j], where aux is [num_taps, max_rows, hidden];
+                num_experts [1] int64 += the distinct experts visited, layer by layer.
+        Rows of padding (position -1) need valid token ids; they write no KV, visit no expert and
+        change no other row.
+        """
+        residual: Tensor = self.embed_tokens(token_ids)
+        x: Tensor | None = None
+        block_ids: Tensor | None = None
+        rope_table = self.rope.table(residual.device)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            x, residual = layer.enter(x, residual)
+            self._tap(i, residual, aux)
+            x, residual, block_ids = layer(
+                x, residual, batch, kv, rope_table, block_ids, num_experts
+            )
+        assert x is not None, "a model of no layers"
+        hidden, residual = self.norm.add(x, residual)
+        self._tap(len(self.layers), residual, aux)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [M, hidden] -> [M, vocab] float32 (float64 in a float64 model), computed in the
+        model's dtype."""
+        return wide(self.lm_head(hidden))
+
+    def _tap(self, layer: int, residual: Tensor, aux: Tensor | None) -> None:
+        if aux is not None and layer in self.taps:
+            aux[self.taps.index(layer), : residual.shape[0]].copy_(residual)
+
+
+def _check(spec: TargetSpec, taps: tuple[int, ...]) -> None:
+    if any(not 0 <= tap <= spec.num_hidden_layers for tap in taps) or len(set(taps)) < len(taps):
+        raise ValueError(f"taps {taps}: distinct layers of 0 .. {spec.num_hidden_layers}")
+    if not any(spec.sparse_layers):
+        return
+    if spec.num_index_heads != spec.num_key_value_heads:
+        raise ValueError(
+            f"num_index_heads {spec.num_index_heads}: each of the "
+            f"{spec.num_key_value_heads} KV heads has its own selection"
+        )
+    if spec.index_shared[spec.sparse_layers.index(True)]:
+        raise ValueError("index_shared: the first sparse layer has no selection to share")

@@ -1,0 +1,133 @@
+"""The lightning indexer: a score for each block of keys, and the blocks a row attends to."""
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference.attention_dense import check_rows, ragged_tiles, visible_keys
+
+# Finite, as in the kernels, and above or below every real score. Init wins over local.
+INIT_SCORE, LOCAL_SCORE, NO_SCORE = 1e30, 1e29, -1e30
+
+
+def block_scores(
+    index_q: Tensor,
+    index_k_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    max_seq_len: int,
+) -> Tensor:
+    """The best index score in every block of keys, for uniform rows (Q = N / B a sequence).
+
+    S[n, g, c] = max over t in block c, t <= positions[n], t < seq_lens[b] of
+                 index_q[n, g] . index_k[t]; -1e30 where the block holds no such key, or for NaN.
+
+    Shapes  index_q [N, G, Di]; index_k_cache [num_blocks, block_size, Di] contiguous;
+            positions, block_tables, seq_lens, max_seq_len as attention_dense;
+            returns [N, G, ceil(max_seq_len / block_size)].
+    Dtypes  products and sums in fp32 (fp64 for fp64), returned so.
+    Raises  ValueError when N is no multiple of B.
+    Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
+    """
+    check_rows("block_scores", index_q, index_k_cache[:, :, None], block_tables)
+    block_size, dim = index_k_cache.shape[1:]
+    visible, slots = visible_keys(positions, block_tables, seq_lens, max_seq_len, block_size)
+    batch, rows, length = visible.shape
+    groups = index_q.shape[1]
+    k = wide(index_k_cache.view(-1, dim).index_select(0, slots.flatten())).view(batch, length, dim)
+    scores = torch.bmm(wide(index_q).reshape(batch, rows * groups, dim), k.transpose(1, 2))
+    scores = scores.view(batch, rows, groups, length).masked_fill(~visible[:, :, None], NO_SCORE)
+    best = scores.view(batch * rows, groups, length // block_size, block_size).amax(-1)
+    return best.nan_to_num(nan=NO_SCORE)
+
+
+def topk_blocks(
+    scores: Tensor,
+    positions: Tensor,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """The blocks a row attends to: forced ones first, then by score, lower block id on a tie.
+
+    Of the nb = positions[n] // block_size + 1 causal blocks, c >= nb - local_blocks are forced
+    with score 1e29 and the other c < init_blocks with 1e30; the topk best are taken.
+
+    Shapes  scores [N, G, C] as block_scores; positions [N]; returns [N, G, topk], ascending
+            block ids packed to the left, -1 in the slots that are left. A kernel may return the
+            same set in another order.
+    Dtypes  returns int32.
+    Source  as block_scores, with the forced blocks of vLLM 0.33.0 (models/minimax_m3/common/ops).
+    """
+    columns = torch.arange(scores.shape[2], device=scores.device)
+    num_causal = (positions // block_size + 1)[:, None, None]
+    causal = columns < num_causal
+    if init_blocks:
+        scores = scores.masked_fill(columns < init_blocks, INIT_SCORE)
+    if local_blocks:
+        scores = scores.masked_fill(columns >= num_causal - local_blocks, LOCAL_SCORE)
+    # Non-causal blocks lie below NaN and empty ones, so that neither pushes a causal block out.
+    scores = scores.masked_fill(~causal, 2 * NO_SCORE)
+    # A stable sort keeps the lower block first among equals; torch.topk promises no order.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    past_the_end = scores.shape[2]
+    chosen = torch.where(order < num_causal, order, past_the_end).sort(dim=-1).values
+    chosen = torch.where(chosen < past_the_end, chosen, -1).int()
+    return torch.nn.functional.pad(chosen, (0, topk - chosen.shape[2]), value=-1)
+
+
+def index_topk(
+    index_q: Tensor,
+    index_k_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    max_seq_len: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """topk_blocks of block_scores, for uniform rows: index q and cache in, block ids out.
+
+    Shapes  inputs as block_scores; returns [N, G, topk] int32 as topk_blocks; all -1 for rows
+            of padding (position -1).
+    """
+    scores = block_scores(index_q, index_k_cache, positions, block_tables, seq_lens, max_seq_len)
+    block_size = index_k_cache.shape[1]
+    return topk_blocks(scores, positions, block_size, topk, init_blocks, local_blocks)
+
+
+def index_topk_ragged(
+    index_q: Tensor,
+    index_k_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    q_lens: tuple[int, ...],
+    max_seq_len: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """index_topk with q_lens[b] rows for sequence b; rows past the last are -1.
+
+    Shapes  as index_topk; cu_seqlens_q [B + 1] the running sum of q_lens.
+    """
+    shape = (index_q.shape[0], index_q.shape[1], topk)
+    out = torch.full(shape, -1, dtype=torch.int32, device=index_q.device)
+    for rows, b, keys in ragged_tiles(q_lens, seq_lens, positions):
+        out[rows] = index_topk(
+            index_q[rows],
+            index_k_cache,
+            positions[rows],
+            block_tables[b],
+            seq_lens[b],
+            keys,
+            topk,
+            init_blocks,
+            local_blocks,
+        )
+    return out
