@@ -3,9 +3,12 @@
 Every refusal names the key with its path, the value that stands there and what is allowed.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from eaglerun.errors import ConfigError
+
+# What weights may be stored in.
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Fields:
@@ -102,11 +105,11 @@ class Fields:
             self._sections[key] = Fields(value or {}, f"{self.path}{key}.")
         return self._sections[key]
 
-    def only(self, key: str, value: object, default: object, allowed: Collection[object]) -> None:
-        """Refuse ``value``, read from ``key`` (None: ``default``), unless it is allowed."""
-        if (default if value is None else value) not in allowed:
-            choice = " or ".join(repr(a) for a in allowed)
-            raise self.refusal(key, f"this build knows {choice} only")
+    def only(self, key: str, *allowed: object) -> None:
+        """Refuse a value at ``key`` that is not allowed; an absent key is taken for allowed."""
+        if self.raw(key) is not None and self.raw(key) not in allowed:
+            known = " or ".join(repr(value) for value in allowed)
+            raise self.refusal(key, f"this build knows only {known}")
 
     def unread(self, keys: Mapping[str, object]) -> list[str]:
         """Those of ``keys``, with the keys of objects inside, that nobody asked for."""
@@ -128,3 +131,62 @@ def agree(first: Fields, first_key: str, second: Fields, second_key: str) -> tup
             "these mean the same and must be equal"
         )
     return (second, second_key) if one is None and other is not None else (first, first_key)
+
+
+def check_kind(
+    fields: Fields, what: str, architectures: tuple[str, ...], model_types: tuple[str, ...]
+) -> None:
+    """Refuse a config of another model. One of the two keys may be absent."""
+    names = fields.texts("architectures") or ()
+    model_type = fields.text("model_type")
+    if names and not set(names) & set(architectures):
+        raise fields.refusal("architectures", f"{what} is {' or '.join(architectures)}")
+    if model_type is not None and model_type not in model_types:
+        raise fields.refusal("model_type", f"{what} is {' or '.join(model_types)}")
+    if not names and model_type is None:
+        raise ConfigError(
+            f"{fields.name('architectures')} and model_type are missing; {what} has "
+            f"architectures {' or '.join(architectures)}"
+        )
+
+
+def refuse_quantized(fields: Fields) -> None:
+    for key in ("quantization_config", "compression_config"):
+        section = fields.section(key)
+        if section.values:
+            raise section.refusal("quant_method", f"this build loads {', '.join(DTYPES)} only")
+
+
+def stored_dtype(*levels: Fields) -> str:
+    """The dtype of the stored weights, from the first level that states it."""
+    for fields in levels:
+        # transformers wrote torch_dtype before version 4.56.
+        for key in ("dtype", "torch_dtype"):
+            value = fields.text(key)
+            if value is not None:
+                fields.only(key, *DTYPES)
+                return value
+    return "bfloat16"  # of every published checkpoint
+
+
+def rope(fields: Fields, default_theta: float) -> tuple[float, float | None]:
+    """(theta, partial rotary factor or None if unstated) of plain RoPE; any scaling is refused."""
+    parameters = fields.section("rope_parameters")
+    plain = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    for section in (parameters, fields.section("rope_scaling")):
+        section.only("rope_type", "default")
+        section.only("type", "default")
+        for key, value in section.values.items():
+            if key not in plain and value is not None:
+                raise section.refusal(key, "this build knows only RoPE without scaling")
+    where, key = agree(parameters, "rope_theta", fields, "rope_theta")
+    theta = where.number(key, default_theta)
+    where, key = agree(parameters, "partial_rotary_factor", fields, "partial_rotary_factor")
+    return theta, None if where.raw(key) is None else where.number(key, 1.0)
+
+
+def refuse_unless(relations: tuple[tuple[bool, str], ...], prefix: str) -> None:
+    """Raise ConfigError with the first message whose relation does not hold."""
+    for holds, message in relations:
+        if not holds:
+            raise ConfigError(f"{prefix}{message}")
