@@ -159,7 +159,7 @@ class SpeculationStats:
 
     steps       verify steps that judged at least one draft
     drafted     drafts judged;  accepted: drafts that were right
-    histogram   histogram[a] = steps with exactly a accepted drafts
+    acceptance_histogram  [a] = steps with exactly a accepted drafts
     judged_at   judged_at[i] = steps whose draft at position i was judged (offered)
     accepted_at accepted_at[i] = steps in which drafts 0..i were all accepted
     """
@@ -167,7 +167,7 @@ class SpeculationStats:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
-    histogram: tuple[int, ...] = ()
+    acceptance_histogram: tuple[int, ...] = ()
     judged_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
 

@@ -105,11 +105,14 @@ class SamplingState:
                 words.scatter_add_(0, ids // 32, bits)
                 self.prompt_bits[slot] = words.to(torch.int32)
 
-    def add_tokens(self, slots: Tensor, tokens: Tensor) -> None:
-        """Count newly accepted tokens. tokens [B, Q], -1 where a row emitted none."""
+    def add_tokens(self, slots: Tensor, tokens: Tensor, count: bool) -> None:
+        """Note newly accepted tokens; ``count`` them where a penalty needs it.
+
+        Shapes  slots [B]; tokens [B, Q] int64, -1 where a row emitted none.
+        """
         real = tokens >= 0
         self.num_generated.index_add_(0, slots, real.sum(dim=1))
-        if any(p is not None and p.penalized for p in self.params):
+        if count:
             flat = slots[:, None] * self.vocab_size + tokens.clamp(min=0)
             self.output_counts.view(-1).scatter_add_(0, flat.view(-1), real.view(-1).short())
 

@@ -144,6 +144,17 @@ class Scheduler:
             if seq.request.request_id == request_id:
                 seq.preempt_requested = True
 
+    def is_open(self, request_id: str) -> bool:
+        return any(
+            seq.request.request_id == request_id and seq.status is not Status.ENDED
+            for seq in self.sequences()
+        )
+
+    def oldest_slots(self) -> dict[int, Sequence]:
+        """The sequences of the oldest step in flight, by slot."""
+        flight = self._in_flight[0]
+        return {seq.slot_id: seq for seq in [*flight.decode, *flight.prefill]}
+
     def take_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events

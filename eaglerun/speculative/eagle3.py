@@ -94,7 +94,7 @@ def propose(
             cu_seqlens_q=cu_seqlens,
             seq_lens=seq_lens,
             max_q_len=1,
-            max_seq_len=max_seq_len + s,
+            max_seq_len=min(max_seq_len + s, block_table.shape[1] * block_size),
             uniform=True,
             q_lens=(1,) * B,
         )

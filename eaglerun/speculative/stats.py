@@ -36,7 +36,7 @@ class AcceptanceCounter:
             steps=self.steps,
             drafted=self.drafted,
             accepted=self.accepted,
-            histogram=tuple(self._histogram[: width + 1]) if width else (),
+            acceptance_histogram=tuple(self._histogram[: width + 1]) if width else (),
             judged_at=tuple(self._judged_at[:width]),
             accepted_at=tuple(accepted_at),
         )
@@ -90,3 +90,39 @@ class EngineStats:
                 f"+ {self.decode_rows} decode rows + {self.accepted_tokens} accepted drafts "
                 f"- {self.trimmed_tokens} trimmed = {computed - self.trimmed_tokens}"
             )
+
+
+class AcceptanceLog:
+    """Decides when a line on acceptance is due, and words it.
+
+    The first part is vLLM's sentence for the interval, the second ATOM's figures since start, so
+    that what people grep for in their logs is found in ours.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._then = SpeculationStats()
+        self._then_s = 0.0
+
+    def line(self, now: SpeculationStats, now_s: float) -> str | None:
+        """The line, once ``every`` more tokens were drafted; ``now_s`` is any steady clock."""
+        drafted = now.drafted - self._then.drafted
+        if not self._every or drafted < self._every:
+            return None
+        accepted = now.accepted - self._then.accepted
+        steps = now.steps - self._then.steps
+        seconds = max(now_s - self._then_s, 1e-9)
+        before = self._then.accepted_at + (0,) * len(now.accepted_at)
+        per_position = [(n - b) / steps for n, b in zip(now.accepted_at, before, strict=False)]
+        self._then, self._then_s = now, now_s
+        return (
+            f"SpecDecoding metrics: Mean acceptance length: {1 + accepted / steps:.2f}, "
+            f"Accepted throughput: {accepted / seconds:.2f} tokens/s, "
+            f"Drafted throughput: {drafted / seconds:.2f} tokens/s, "
+            f"Accepted: {accepted} tokens, Drafted: {drafted} tokens, "
+            f"Per-position acceptance rate: {', '.join(f'{r:.3f}' for r in per_position)}, "
+            f"Avg Draft acceptance rate: {100 * accepted / drafted:.1f}% | "
+            f"since start: Average toks/fwd: {now.mean_acceptance_length:.2f}, "
+            f"Accepted/Total Draft tokens: {now.accepted}/{now.drafted}, "
+            f"Acceptance rate: {100 * now.acceptance_rate:.2f}%"
+        )

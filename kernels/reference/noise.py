@@ -30,7 +30,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _key(seed: Tensor, position: Tensor, stream: int) -> Tensor:
-    return _mix(_mix(seed + _GOLDEN * (stream + 1)) + _GOLDEN * (position + 1))
+    step = torch.tensor(stream + 1, device=seed.device) * _GOLDEN  # wraps, as the hash wants
+    return _mix(_mix(seed + step) + _GOLDEN * (position + 1))
 
 
 def uniform(seed: Tensor, position: Tensor, stream: int) -> Tensor:

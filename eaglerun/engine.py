@@ -1,0 +1,265 @@
+"""Engine: submit, abort, step, close. Synchronous, no threads; whoever owns it drives it."""
+
+import logging
+import random
+import time
+from collections import deque
+
+import torch
+from tokenizers import Tokenizer
+
+from eaglerun.blocks import BlockPool
+from eaglerun.config import Config
+from eaglerun.errors import ConfigError, RequestError
+from eaglerun.loader import Models, load_models
+from eaglerun.messages import Event, Request
+from eaglerun.models.attention import DraftKV, TargetKV
+from eaglerun.models.eagle3_llama import Eagle3Llama
+from eaglerun.models.minimax_m3 import MiniMaxM3
+from eaglerun.runner import AuxRows, PendingStep, Runner, RunnerOptions
+from eaglerun.sampling import MAX_LOGIT_BIAS, MAX_STOP_IDS
+from eaglerun.scheduler import Scheduler, SchedulerLimits
+from eaglerun.sequence import Sequence
+from eaglerun.speculative.policy import DraftLengthPolicy, FixedDraftLength
+from eaglerun.speculative.stats import AcceptanceLog, EngineStats
+from eaglerun.speculative.verify import synthetic_rates
+from eaglerun.text import TextStream
+
+log = logging.getLogger("eaglerun")
+
+
+class Engine:
+    """One engine: a scheduler, a runner, and the steps between them.
+
+    ``lag`` steps are launched before the oldest is committed; lag 0 is the reference for lag 1.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        models: Models,
+        policy: DraftLengthPolicy | None = None,
+    ) -> None:
+        target, draft = models.target, models.draft
+        self.config = config
+        self.model_name = models.name
+        self.tokenizer: Tokenizer | None = models.tokenizer
+        self.vocab_size = target.spec.vocab_size
+        self.eos_token_ids = models.eos_token_ids
+        self.num_draft_tokens = config.speculation.num_draft_tokens if draft else 0
+        block_size = config.cache.block_size or target.spec.sparse_block_size
+        num_blocks = config.cache.num_kv_blocks or _blocks_in(
+            config.cache.kv_cache_gib, target, draft, block_size
+        )
+        self.max_model_len = _max_model_len(config, target, num_blocks * block_size)
+        scheduling = config.scheduling
+        rows = scheduling.max_num_seqs * (self.num_draft_tokens + 1)
+        widest = max(scheduling.decode_batch_sizes, default=0) * (self.num_draft_tokens + 1)
+        self.pool = BlockPool(num_blocks, block_size)
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                max_num_seqs=scheduling.max_num_seqs,
+                max_num_batched_tokens=scheduling.max_num_batched_tokens,
+                max_chunk_tokens=scheduling.max_chunk_tokens or scheduling.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+                num_draft_tokens=self.num_draft_tokens,
+                has_draft=self.num_draft_tokens > 0,
+                prefix_caching=config.cache.enable_prefix_caching
+                and not config.output.return_aux_hidden_states,
+                eos_token_ids=models.eos_token_ids,
+            ),
+            self.pool,
+            policy or FixedDraftLength(self.num_draft_tokens),
+        )
+        length = config.synthetic_length
+        self.runner = Runner(
+            target,
+            draft if self.num_draft_tokens else None,
+            RunnerOptions(
+                num_slots=scheduling.max_num_seqs,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                max_model_len=self.max_model_len,
+                max_rows=max(scheduling.max_num_batched_tokens, rows, widest),
+                num_draft_tokens=self.num_draft_tokens,
+                eos_token_ids=models.eos_token_ids,
+                rejection=config.speculation.verification == "rejection",
+                probabilistic_drafts=config.speculation.draft_sampling == "probabilistic",
+                synthetic=()
+                if length is None or draft is None
+                else synthetic_rates(length, self.num_draft_tokens),
+                processed_logprobs=config.output.logprobs_mode == "processed",
+                decode_batch_sizes=scheduling.decode_batch_sizes,
+                keep_aux=config.output.return_aux_hidden_states,
+            ),
+        )
+        self._lag = scheduling.lag
+        self._pending: deque[PendingStep] = deque()
+        self._arrivals = 0
+        self._seeds = random.Random(config.model.seed)
+        self._acceptance_log = AcceptanceLog(config.output.log_stats_every)
+        self.aux: dict[tuple[str, int], list[AuxRows]] = {}
+
+    @classmethod
+    def from_config(cls, config: Config, policy: DraftLengthPolicy | None = None) -> "Engine":
+        """Load the checkpoints that ``config`` names (ConfigError, CheckpointError) and start."""
+        return cls(config, load_models(config), policy)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._pending)
+
+    @property
+    def num_running(self) -> int:
+        return self.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self.scheduler.num_waiting
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that running sequences hold."""
+        return self.pool.num_held / self.pool.num_blocks
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. RequestError if it can never run; nothing is queued then."""
+        self.check(request)
+        sampling = request.sampling
+        seed = sampling.seed
+        if seed is None:
+            seed = self._seeds.getrandbits(62)
+        leader: Sequence | None = None
+        for index in range(sampling.n):
+            text = None
+            if self.tokenizer is not None:
+                text = TextStream(
+                    self.tokenizer,
+                    sampling.stop,
+                    sampling.include_stop_str_in_output,
+                    sampling.skip_special_tokens,
+                )
+            seq = Sequence(request, index, _wrap(seed + index), self._arrivals, text)
+            if self.scheduler.limits.prefix_caching:
+                seq.leader = leader
+            leader = leader or seq
+            self.scheduler.add(seq)
+        self._arrivals += 1
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; its Finished events come with the next step. Whether it was open."""
+        return self.scheduler.abort(request_id)
+
+    def step(self) -> list[Event]:
+        """Plan and launch one step, commit what is due, and return what became final.
+
+        [] when there is nothing to do. Errors of the models or of the bookkeeping are the
+        caller's to turn into close().
+        """
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self._pending.append(self.runner.launch(plan))
+        events: list[Event] = []
+        if self._pending and (plan is None or len(self._pending) > self._lag):
+            events += self._commit(self._pending.popleft())
+        events += self.scheduler.take_events()
+        return events
+
+    def close(self, message: str = "the engine was shut down") -> list[Event]:
+        """Fail every open request and forget the steps in flight."""
+        self._pending.clear()
+        return self.scheduler.fail_all(message)
+
+    def _commit(self, pending: PendingStep) -> list[Event]:
+        result = pending.result()
+        if self.config.output.return_aux_hidden_states:
+            slots = self.scheduler.oldest_slots()
+            for rows in pending.aux:
+                seq = slots[rows.slot_id]
+                self.aux.setdefault((seq.request.request_id, seq.index), []).append(rows)
+        events = self.scheduler.commit(result)
+        line = self._acceptance_log.line(self.stats.acceptance.stats(), time.monotonic())
+        if line is not None:
+            log.info(line)
+        return events
+
+    def check(self, request: Request) -> None:
+        """RequestError if the request can never run here."""
+        sampling, prompt = request.sampling, request.prompt_ids
+        if not prompt:
+            raise RequestError("prompt", "is empty")
+        worst = max(prompt)
+        if worst >= self.vocab_size or min(prompt) < 0:
+            bad = worst if worst >= self.vocab_size else min(prompt)
+            raise RequestError("prompt", f"token id {bad} is not in [0, {self.vocab_size})")
+        if len(prompt) >= self.max_model_len:
+            raise RequestError(
+                "prompt",
+                f"{len(prompt)} tokens leave no room for an answer: the model's length is "
+                f"{self.max_model_len}",
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError("stop", "stop strings need a tokenizer, and the model has none")
+        for name, ids in (
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", tuple(sampling.logit_bias)),
+        ):
+            if any(not 0 <= token < self.vocab_size for token in ids):
+                raise RequestError(name, f"token ids must be in [0, {self.vocab_size})")
+        limit = MAX_STOP_IDS - len(self.eos_token_ids)
+        if len(sampling.stop_token_ids) > limit:
+            raise RequestError(
+                "stop_token_ids", f"{len(sampling.stop_token_ids)} given, allowed {limit}"
+            )
+        if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                "logit_bias", f"{len(sampling.logit_bias)} given, allowed {MAX_LOGIT_BIAS}"
+            )
+        for name, count in (
+            ("logprobs", sampling.logprobs),
+            ("prompt_logprobs", sampling.prompt_logprobs),
+        ):
+            if count is not None and count > self.vocab_size:
+                raise RequestError(name, f"{count} exceeds the vocabulary, {self.vocab_size}")
+        if self.scheduler.is_open(request.request_id):
+            raise RequestError("request_id", f"{request.request_id!r} is already running")
+
+
+def _wrap(seed: int) -> int:
+    """A seed as a signed 64-bit integer."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _blocks_in(gib: float, target: MiniMaxM3, draft: Eagle3Llama | None, block_size: int) -> int:
+    """How many blocks of all KV memories fit ``gib``."""
+    meta = torch.device("meta")
+    dtype = target.embed_tokens.weight.dtype
+    regions = list(TargetKV.allocate(target.spec, 1, block_size, meta, dtype).regions())
+    carry = 0
+    if draft is not None:
+        regions += DraftKV.allocate(draft.spec, 1, block_size, meta, dtype).regions()
+        carry = draft.spec.hidden_size * dtype.itemsize
+    bytes_per_block = sum(region.bytes_per_block for region in regions) + carry
+    blocks = int(gib * 2**30) // bytes_per_block
+    if blocks < 1:
+        raise ConfigError(f"kv_cache_gib = {gib}: one KV block needs {bytes_per_block} bytes")
+    return blocks
+
+
+def _max_model_len(config: Config, target: MiniMaxM3, kv_tokens: int) -> int:
+    """The longest sequence; one of that length must always fit the KV memory alone."""
+    wish, limit = config.model.max_model_len, target.spec.max_position_embeddings
+    if wish is None:
+        return min(limit, kv_tokens)
+    if wish > limit:
+        raise ConfigError(f"max_model_len = {wish}: the checkpoint allows at most {limit}")
+    if wish > kv_tokens:
+        raise ConfigError(
+            f"max_model_len = {wish}: the KV memory holds {kv_tokens} tokens; lower max_model_len "
+            "or raise num_kv_blocks or kv_cache_gib"
+        )
+    return wish

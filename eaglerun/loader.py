@@ -1,0 +1,116 @@
+"""From a Config to two models in memory: which checkpoints, checked, then loaded or made up."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from eaglerun.config import Config
+from eaglerun.errors import ConfigError
+from eaglerun.models.eagle3_llama import Eagle3Llama
+from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
+from eaglerun.models.minimax_m3 import MiniMaxM3
+from eaglerun.spec import DraftSpec, TargetSpec, check_block_size, read_checkpoint_config
+
+DEMO = Path(__file__).parent / "configs" / "demo"
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What an engine needs of the checkpoints. ``path``: the target's directory, if any."""
+
+    name: str
+    target: MiniMaxM3
+    draft: Eagle3Llama | None
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The two checkpoints of a Config, parsed and checked against each other; nothing loaded."""
+
+    name: str
+    target_path: Path
+    target: TargetSpec
+    draft_path: Path | None
+    draft: DraftSpec | None
+
+
+def read_checkpoints(config: Config) -> Checkpoints:
+    """Find and check the checkpoints. ConfigError before any weight is read."""
+    model = config.model
+    target_path = resolve_checkpoint(model.model)
+    overrides = {
+        "use_index_cache": model.use_index_cache,
+        "index_topk_freq": model.index_topk_freq,
+        "index_skip_topk_offset": model.index_skip_topk_offset,
+        "index_topk_pattern": model.index_topk_pattern,
+    }
+    target = TargetSpec.from_config(
+        read_checkpoint_config(target_path), overrides if model.use_index_cache else None
+    )
+    if config.cache.block_size is not None:
+        check_block_size(target, config.cache.block_size)
+    draft_path = None
+    draft = None
+    if model.draft is not None:
+        draft_path = resolve_checkpoint(model.draft)
+        draft = DraftSpec.from_config(read_checkpoint_config(draft_path), target)
+    name = model.served_model_name or model.model
+    return Checkpoints(name, target_path, target, draft_path, draft)
+
+
+def load_models(config: Config, progress: bool = False) -> Models:
+    """Both models on their device. ConfigError, CheckpointError, each naming what is wrong."""
+    found = read_checkpoints(config)
+    device = choose_device(config.model.device)
+    dtype = choose_dtype(config.model.dtype, found.target.dtype, device)
+    taps = () if found.draft is None else found.draft.taps
+    limit = config.model.max_model_len
+    target = MiniMaxM3(found.target, taps, device=device, dtype=dtype, max_positions=limit)
+    draft = None
+    if found.draft is not None:
+        draft = Eagle3Llama(found.draft, device=device, dtype=dtype, max_positions=limit)
+    if config.model.load_format == "dummy":
+        fill_dummy(target, config.model.seed)
+        if draft is not None:
+            fill_dummy(draft, config.model.seed + 1)
+    else:
+        load_target(target, found.target_path, found.target, progress)
+        if draft is not None and found.draft is not None and found.draft_path is not None:
+            load_draft(draft, found.draft_path, found.draft, target, progress)
+    tokenizer_file = found.target_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.exists() else None
+    return Models(
+        name=found.name,
+        target=target,
+        draft=draft,
+        eos_token_ids=found.target.eos_token_ids,
+        tokenizer=tokenizer,
+        path=found.target_path,
+    )
+
+
+def choose_device(wish: str) -> torch.device:
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no GPU here; allowed cpu, auto")
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wish)
+
+
+def choose_dtype(wish: str, stored: str, device: torch.device) -> torch.dtype:
+    """The type of the weights: as asked, or the checkpoint's own; float32 on a CPU, which has
+    no fast bfloat16."""
+    if wish == "auto":
+        wish = "float32" if device.type == "cpu" else stored
+    known = {
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float32": torch.float32,
+        "float64": torch.float64,
+    }
+    return known[wish]
