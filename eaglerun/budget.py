@@ -1,0 +1,185 @@
+"""What the two models take: parameters and bytes by component, KV bytes by token and block.
+
+Arithmetic on the specs alone, so that it is known before anything is loaded or allocated.
+"""
+
+from dataclasses import dataclass
+
+from eaglerun.spec import DraftSpec, TargetSpec
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of a model. ``num_bytes`` is what its weights take in memory."""
+
+    name: str
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """Bytes of paged memory. main, index and draft are per token, carry is per block.
+
+    main   K and V of every target layer
+    index  one index key of every sparse layer that computes its own selection
+    draft  K and V of the draft's layer;  carry  the hidden row that the draft resumes from
+    """
+
+    block_size: int
+    main_bytes: int
+    index_bytes: int
+    draft_bytes: int
+    carry_bytes: int
+
+    @property
+    def token_bytes(self) -> int:
+        return self.main_bytes + self.index_bytes + self.draft_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.token_bytes + self.carry_bytes
+
+    def num_blocks(self, num_bytes: int) -> int:
+        """How many whole blocks fit into ``num_bytes``."""
+        return max(0, num_bytes) // self.block_bytes
+
+    def num_tokens(self, num_bytes: int) -> int:
+        """How many tokens fit into ``num_bytes``, in whole blocks."""
+        return self.num_blocks(num_bytes) * self.block_size
+
+
+def target_components(spec: TargetSpec, dtype: str | None = None) -> tuple[Component, ...]:
+    """The target's parts with their weights in ``dtype`` (None: as stored).
+
+    Router and routing bias stay in float32, or wider: they are stored and computed so.
+    """
+    size = DTYPE_BYTES[dtype or spec.dtype]
+    hidden, num_moe = spec.hidden_size, sum(spec.moe_layers)
+    num_layers, num_sparse = spec.num_hidden_layers, sum(spec.sparse_layers)
+    qkv_rows = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
+    out_columns = spec.num_attention_heads * spec.head_dim
+    index_rows = (spec.num_index_heads + 1) * spec.index_head_dim
+    bias = spec.num_experts if spec.use_routing_bias else 0
+    norms = num_layers * 2 * (hidden + spec.head_dim) + num_sparse * 2 * spec.index_head_dim
+    vocab = spec.vocab_size * hidden
+    expert, shared, dense = (
+        3 * hidden * width
+        for width in (
+            spec.expert_intermediate_size,
+            spec.shared_intermediate_size,
+            spec.dense_intermediate_size,
+        )
+    )
+    counts = {
+        "embedding": vocab,
+        "attention": num_layers * hidden * (qkv_rows + out_columns),
+        "index": num_sparse * hidden * index_rows,
+        "dense MLP": (num_layers - num_moe) * dense,
+        "routed experts": num_moe * spec.num_experts * expert,
+        "shared experts": num_moe * shared,
+        "router": num_moe * (spec.num_experts * hidden + bias),
+        "norms": norms + hidden,
+        "lm_head": 0 if spec.tie_word_embeddings else vocab,
+    }
+    return tuple(
+        Component(name, count, count * (max(size, 4) if name == "router" else size))
+        for name, count in counts.items()
+    )
+
+
+def draft_components(spec: DraftSpec, dtype: str | None = None) -> tuple[Component, ...]:
+    """The draft's parts with their weights in ``dtype`` (None: as stored).
+
+    An embedding or head that turns out to be the target's, which only loading can tell, takes
+    nothing in the end; it is counted here.
+    """
+    size = DTYPE_BYTES[dtype or spec.dtype]
+    hidden, chunks = spec.hidden_size, len(spec.taps) * spec.target_hidden_size
+    qkv_rows = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
+    out_columns = spec.num_attention_heads * spec.head_dim
+    bias = qkv_rows if spec.attention_bias else 0
+    # Once over the chunks in either form, then input, hidden, post-attention and last.
+    norms = (chunks if spec.fc_norm or spec.norm_before_fc else 0) + 4 * hidden
+    counts = {
+        "embedding": spec.vocab_size * hidden,
+        "fc": chunks * hidden if spec.use_aux_hidden_state else 0,
+        "attention": 2 * hidden * qkv_rows + bias + hidden * out_columns,
+        "MLP": 3 * hidden * spec.intermediate_size,
+        "norms": norms,
+        "head": 0 if spec.tie_word_embeddings else spec.draft_vocab_size * hidden,
+    }
+    return tuple(Component(name, count, count * size) for name, count in counts.items())
+
+
+def kv_budget(
+    target: TargetSpec,
+    draft: DraftSpec | None,
+    block_size: int | None = None,
+    dtype: str | None = None,
+) -> KVBudget:
+    """Paged memory of the pair, all of it in ``dtype`` (None: the target's stored one).
+
+    ``block_size`` None is the target's sparse block.
+    """
+    size = DTYPE_BYTES[dtype or target.dtype]
+    num_index = sum(
+        sparse and not shared
+        for sparse, shared in zip(target.sparse_layers, target.index_shared, strict=True)
+    )
+    main = 2 * target.num_key_value_heads * target.head_dim * target.num_hidden_layers
+    return KVBudget(
+        block_size=block_size or target.sparse_block_size,
+        main_bytes=main * size,
+        index_bytes=num_index * target.index_head_dim * size,
+        draft_bytes=2 * draft.num_key_value_heads * draft.head_dim * size if draft else 0,
+        carry_bytes=draft.hidden_size * size if draft else 0,
+    )
+
+
+def format_budget(
+    target: TargetSpec,
+    draft: DraftSpec | None,
+    kv: KVBudget,
+    dtype: str | None = None,
+    kv_bytes: int | None = None,
+) -> str:
+    """The budget as a table; with ``kv_bytes`` also how many tokens that much memory holds."""
+    lines = _table(f"target, {dtype or target.dtype}", target_components(target, dtype))
+    if draft is not None:
+        lines += ["", *_table(f"draft, {dtype or draft.dtype}", draft_components(draft, dtype))]
+    lines += ["", "KV memory              bytes a token      bytes a block"]
+    for name, count in (
+        ("main", kv.main_bytes),
+        ("index", kv.index_bytes),
+        ("draft", kv.draft_bytes),
+    ):
+        lines.append(f"  {name:<18}{count:>16,}{count * kv.block_size:>19,}")
+    lines.append(f"  {'carry':<18}{'':>16}{kv.carry_bytes:>19,}")
+    lines.append(f"  {'total':<18}{kv.token_bytes:>16,}{kv.block_bytes:>19,}")
+    if kv_bytes is not None:
+        lines.append(
+            f"  {gib(kv_bytes)} hold {kv.num_blocks(kv_bytes):,} blocks of {kv.block_size} "
+            f"= {kv.num_tokens(kv_bytes):,} tokens"
+        )
+    return "\n".join(lines)
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.3f} GiB"
+
+
+def _table(title: str, components: tuple[Component, ...]) -> list[str]:
+    total = Component(
+        "total",
+        sum(c.num_parameters for c in components),
+        sum(c.num_bytes for c in components),
+    )
+    rows = [
+        f"  {c.name:<18}{c.num_parameters:>19,}{gib(c.num_bytes):>16}"
+        for c in (*components, total)
+        if c.num_parameters
+    ]
+    return [f"{title:<20}{'parameters':>19}{'memory':>16}", *rows]

@@ -1,0 +1,197 @@
+"""The budget is that of the published models: parameters, bytes on disk, KV bytes."""
+
+from dataclasses import replace
+
+import pytest
+
+from eaglerun.budget import (
+    draft_components,
+    format_budget,
+    kv_budget,
+    target_components,
+)
+from eaglerun.spec import DraftSpec, TargetSpec
+
+TARGET = TargetSpec(
+    hidden_size=6144,
+    num_hidden_layers=60,
+    num_attention_heads=64,
+    num_key_value_heads=4,
+    head_dim=128,
+    vocab_size=200064,
+    expert_intermediate_size=3072,
+    shared_intermediate_size=3072,
+    dense_intermediate_size=12288,
+    max_position_embeddings=1048576,
+    rms_norm_eps=1e-6,
+    rope_theta=5e6,
+    rotary_dim=64,
+    swiglu_alpha=1.702,
+    swiglu_limit=7.0,
+    swiglu_beta=1.0,
+    num_experts=128,
+    num_experts_per_tok=4,
+    routed_scaling_factor=2.0,
+    use_routing_bias=True,
+    moe_layers=(False,) * 3 + (True,) * 57,
+    sparse_layers=(False,) * 3 + (True,) * 57,
+    index_shared=(False,) * 60,
+    index_head_dim=128,
+    num_index_heads=4,
+    sparse_topk_blocks=16,
+    sparse_block_size=128,
+    sparse_init_blocks=0,
+    sparse_local_blocks=1,
+    tie_word_embeddings=False,
+    bos_token_id=200034,
+    eos_token_ids=(200020,),
+    dtype="bfloat16",
+)
+MHA = DraftSpec(
+    hidden_size=6144,
+    target_hidden_size=6144,
+    taps=(2, 30, 57),
+    intermediate_size=18432,
+    num_attention_heads=64,
+    num_key_value_heads=64,
+    head_dim=128,
+    vocab_size=200064,
+    draft_vocab_size=200064,
+    rms_norm_eps=1e-6,
+    rope_theta=5e6,
+    max_position_embeddings=32768,
+    attention_bias=False,
+    use_aux_hidden_state=True,
+    fc_norm=True,
+    norm_before_fc=False,
+    norm_output=True,
+    norm_before_residual=False,
+    logit_scale=1.0,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+GQA = replace(MHA, num_key_value_heads=4)
+
+
+def parameters(components) -> dict[str, int]:
+    return {c.name: c.num_parameters for c in components}
+
+
+def total_bytes(components) -> int:
+    return sum(c.num_bytes for c in components)
+
+
+def test_target_parameters():
+    counts = parameters(target_components(TARGET))
+    assert counts == {
+        "embedding": 1_229_193_216,
+        "attention": 6_417_285_120,
+        "index": 224_133_120,
+        "dense MLP": 679_477_248,
+        "routed experts": 413_122_166_784,
+        "shared experts": 3_227_516_928,
+        "router": 44_826_624 + 7_296,
+        "norms": 773_376,
+        "lm_head": 1_229_193_216,
+    }
+    assert sum(counts.values()) == 426_174_572_928
+
+
+def test_target_bytes():
+    gigabytes = {c.name: c.num_bytes / 1e9 for c in target_components(TARGET)}
+    assert gigabytes["routed experts"] == pytest.approx(826.244, abs=5e-4)
+    assert gigabytes["shared experts"] == pytest.approx(6.455, abs=5e-4)
+    assert gigabytes["attention"] + gigabytes["index"] == pytest.approx(13.283, abs=5e-4)
+    assert gigabytes["dense MLP"] == pytest.approx(1.359, abs=5e-4)
+    assert gigabytes["embedding"] + gigabytes["lm_head"] == pytest.approx(4.917, abs=5e-4)
+    assert gigabytes["router"] == pytest.approx(0.179, abs=5e-4)
+    assert sum(gigabytes.values()) == pytest.approx(852.439, abs=5e-4)
+
+
+def test_router_is_never_narrower_than_float32():
+    for dtype, size in (("bfloat16", 4), ("float32", 4), ("float64", 8)):
+        [router] = (c for c in target_components(TARGET, dtype) if c.name == "router")
+        assert router.num_bytes == size * router.num_parameters
+    assert total_bytes(target_components(TARGET, "float32")) == 4 * 426_174_572_928
+
+
+def test_switches_of_the_target():
+    counts = parameters(
+        target_components(replace(TARGET, use_routing_bias=False, tie_word_embeddings=True))
+    )
+    assert counts["router"] == 44_826_624
+    assert counts["lm_head"] == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "count", "num_bytes"),
+    [(MHA, 3_263_735_808, 6_527_471_616), (GQA, 3_074_992_128, 6_149_984_256)],
+)
+def test_draft(spec, count, num_bytes):
+    components = draft_components(spec)
+    assert sum(c.num_parameters for c in components) == count
+    assert total_bytes(components) == num_bytes
+    assert parameters(components)["norms"] == 7 * 6144
+
+
+def test_switches_of_the_draft():
+    counts = parameters(draft_components(MHA))
+    joined = replace(MHA, fc_norm=False, norm_before_fc=True)
+    assert parameters(draft_components(joined)) == counts
+    bare = replace(MHA, fc_norm=False, draft_vocab_size=32000, attention_bias=True)
+    changes = parameters(draft_components(bare)).items() - counts.items()
+    assert dict(changes) == {
+        "norms": 4 * 6144,
+        "head": 32000 * 6144,
+        "attention": counts["attention"] + 3 * 8192,
+    }
+    no_fc = replace(MHA, fc_norm=False, use_aux_hidden_state=False, taps=(60,))
+    assert parameters(draft_components(replace(no_fc, tie_word_embeddings=True))) == counts | {
+        "fc": 0,
+        "norms": 4 * 6144,
+        "head": 0,
+    }
+
+
+def test_kv_bytes():
+    kv = kv_budget(TARGET, MHA)
+    assert (kv.block_size, kv.main_bytes, kv.index_bytes) == (128, 122_880, 14_592)
+    # Four ranks hold 8192 bytes each.
+    assert kv.draft_bytes == 4 * 8192
+    assert kv_budget(TARGET, GQA).draft_bytes == 4 * 512
+    assert kv.carry_bytes == 2 * 6144
+    assert kv.token_bytes == 122_880 + 14_592 + 32_768
+    assert kv.block_bytes == 128 * kv.token_bytes + 12_288
+    plain = kv_budget(TARGET, None)
+    assert (plain.draft_bytes, plain.carry_bytes) == (0, 0)
+    assert kv_budget(TARGET, MHA, dtype="float32").block_bytes == 2 * kv.block_bytes
+
+
+def test_shared_selections_need_no_index_keys():
+    shared = tuple(i > 3 and (i - 3) % 4 != 0 for i in range(60))
+    kv = kv_budget(replace(TARGET, index_shared=shared), None)
+    assert kv.index_bytes == 15 * 128 * 2
+
+
+def test_how_much_fits():
+    kv = kv_budget(TARGET, GQA)
+    assert kv.num_blocks(10 * kv.block_bytes) == 10
+    assert kv.num_tokens(10 * kv.block_bytes - 1) == 9 * 128
+    assert kv.num_tokens(-1) == 0
+    small = kv_budget(replace(TARGET, sparse_layers=(False,) * 60), None, block_size=16)
+    assert small.num_tokens(small.block_bytes) == 16
+
+
+def test_format():
+    text = format_budget(TARGET, GQA, kv_budget(TARGET, GQA), kv_bytes=2**30)
+    lines = {tuple(line.split()) for line in text.splitlines()}
+    assert ("routed", "experts", "413,122,166,784", "769.500", "GiB") in lines
+    assert ("total", "426,174,572,928", "793.896", "GiB") in lines
+    assert ("total", "3,074,992,128", "5.728", "GiB") in lines
+    assert ("index", "14,592", "1,867,776") in lines
+    assert ("carry", "12,288") in lines
+    assert text.endswith("1.000 GiB hold 60 blocks of 128 = 7,680 tokens")
+    assert max(map(len, text.splitlines())) < 80
+    plain = format_budget(TARGET, None, kv_budget(TARGET, None), dtype="float32")
+    assert "target, float32" in plain and "fc" not in plain
