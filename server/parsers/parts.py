@@ -1,0 +1,46 @@
+"""What the parsers say about generated text, piece by piece."""
+
+from typing import NamedTuple
+
+
+class Reasoning(NamedTuple):
+    """Text between the thinking markers."""
+
+    text: str
+
+
+class Content(NamedTuple):
+    """Text of the answer."""
+
+    text: str
+
+
+class CallStart(NamedTuple):
+    """Tool call number ``call`` of the answer begins."""
+
+    call: int
+    name: str
+
+
+class CallArguments(NamedTuple):
+    """More of a call's arguments; all of a call's ``json`` in order are one JSON object."""
+
+    call: int
+    json: str
+
+
+class CallEnd(NamedTuple):
+    """No more arguments for this call."""
+
+    call: int
+
+
+Part = Reasoning | Content | CallStart | CallArguments | CallEnd
+
+
+def partial_marker(text: str, marker: str) -> int:
+    """Length of the longest end of ``text`` that may turn into ``marker`` with more text."""
+    for n in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:n]):
+            return n
+    return 0
