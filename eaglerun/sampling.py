@@ -82,11 +82,12 @@ class SamplingState:
         self.seed[slot] = seed
         self.num_generated[slot] = num_generated
         device = self.seed.device
+        # Cleared always: a batch with any bias reads the rows of all its slots.
+        self.bias_ids[slot] = -1
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=device)
-            self.bias_ids[slot, : len(ids)] = ids
-            self.bias_ids[slot, len(ids) :] = -1
             values = torch.tensor(list(params.logit_bias.values()), device=device)
+            self.bias_ids[slot, : len(ids)] = ids
             self.bias_values[slot, : len(ids)] = values
         if params.min_tokens:
             self.stop_ids[slot] = -1

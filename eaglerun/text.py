@@ -33,14 +33,17 @@ class TextStream:
         self._include_stop = include_stop
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._held = ""
-        self._incomplete = False
+        # Tokens that have not become text yet.
+        self._pending: list[int] = []
+        self._skip_special_tokens = skip_special_tokens
 
     def push(self, token_id: int, may_stop: bool = True) -> TextDelta:
         """Add one token. ``may_stop`` false: its text cannot complete a stop string."""
         piece = self._stream.step(self._tokenizer, token_id)
-        self._incomplete = piece is None
         if piece is None:
+            self._pending.append(token_id)
             return TextDelta("")
+        self._pending.clear()
         if not self._stop:
             return TextDelta(piece)
         if not may_stop:
@@ -61,9 +64,11 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, once no more tokens come; U+FFFD for bytes that stay incomplete."""
         text, self._held = self._held, ""
-        if self._incomplete:
-            self._incomplete = False
-            text += "\ufffd"
+        if self._pending:
+            text += self._tokenizer.decode(
+                self._pending, skip_special_tokens=self._skip_special_tokens
+            )
+            self._pending.clear()
         return text
 
 

@@ -1,0 +1,41 @@
+"""Output with the draft equals output without it, token for token, whatever the schedule.
+
+A case is one sequence's life in a random schedule of 6 to 8: K from 0 to 8 changing per step, lag 0
+and 1, chunk and block sizes, scarce blocks, forced preemptions, shared prefixes, aborts, every
+sampling parameter. The schedules are drawn by hypothesis from a fixed seed.
+"""
+
+import os
+
+import pytest
+import torch
+from engine.schedules import Schedule, check_lossless, schedules
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
+SETTINGS = settings(
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    # A failing schedule is short enough to read; shrinking one takes minutes.
+    phases=(Phase.explicit, Phase.generate),
+)
+
+
+# 300 schedules of 6 to 8 requests are more than 2,000 sequences; in parts, to run in parallel.
+@pytest.mark.parametrize("part", range(4))
+def test_float64(part: int) -> None:
+    @seed(part)
+    @settings(SETTINGS, max_examples=75 * SCALE)
+    @given(schedules())
+    def run(schedule: Schedule) -> None:
+        check_lossless(schedule, torch.float64)
+
+    run()
+
+
+@seed(100)
+@settings(SETTINGS, max_examples=50 * SCALE)
+@given(schedules())
+def test_float32(schedule: Schedule) -> None:
+    check_lossless(schedule, torch.float32)
