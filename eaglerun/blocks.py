@@ -92,10 +92,9 @@ class BlockPool:
             self._by_name[name] = block
             self._name[block] = name
 
-    def forget_all(self) -> None:
-        """Drop every published name (held blocks stay held)."""
-        for block in list(self._name):
-            self._forget(block)
+    def published(self) -> Iterable[int]:
+        """Blocks that a later prompt can find."""
+        return self._name.keys()
 
     def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
         """EngineError unless the counts are exactly those of the block tables in ``held``."""

@@ -330,6 +330,9 @@ def resolve(
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{nearest(name, known)}")
         values[name] = parse(known[name], value) if isinstance(value, str) else value
+    if values.get("model", "demo") == "demo":
+        # The bundled target comes with its draft; num_draft_tokens = 0 runs it plain.
+        values.setdefault("draft", "demo")
     sections: dict[str, dict[str, object]] = {}
     for name, value in values.items():
         value = tuple(value) if isinstance(value, list) else value

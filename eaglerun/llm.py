@@ -101,7 +101,9 @@ class LLM:
         num_draft_tokens: int = 3,
         **config: object,
     ) -> None:
-        settings = {**config, "model": model, "draft": draft, "num_draft_tokens": num_draft_tokens}
+        settings = {**config, "model": model, "num_draft_tokens": num_draft_tokens}
+        if draft is not None:
+            settings["draft"] = draft
         self.engine = Engine.from_config(resolve(settings))
         self._calls = 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from eaglerun import configs
 from eaglerun.config import Config
 from eaglerun.errors import ConfigError
 from eaglerun.models.eagle3_llama import Eagle3Llama
@@ -13,7 +14,7 @@ from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.spec import DraftSpec, TargetSpec, check_block_size, read_checkpoint_config
 
-DEMO = Path(__file__).parent / "configs" / "demo"
+DEMO = Path(next(iter(configs.__path__))) / "demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Checkpoints:
 def read_checkpoints(config: Config) -> Checkpoints:
     """Find and check the checkpoints. ConfigError before any weight is read."""
     model = config.model
-    target_path = resolve_checkpoint(model.model)
+    target_path = _find(model.model, "target")
     overrides = {
         "use_index_cache": model.use_index_cache,
         "index_topk_freq": model.index_topk_freq,
@@ -57,7 +58,7 @@ def read_checkpoints(config: Config) -> Checkpoints:
     draft_path = None
     draft = None
     if model.draft is not None:
-        draft_path = resolve_checkpoint(model.draft)
+        draft_path = _find(model.draft, "draft")
         draft = DraftSpec.from_config(read_checkpoint_config(draft_path), target)
     name = model.served_model_name or model.model
     return Checkpoints(name, target_path, target, draft_path, draft)
@@ -92,6 +93,11 @@ def load_models(config: Config, progress: bool = False) -> Models:
         tokenizer=tokenizer,
         path=found.target_path,
     )
+
+
+def _find(name: str, role: str) -> Path:
+    """The directory of a checkpoint; 'demo' is the pair that comes with the package."""
+    return DEMO / role if name == "demo" else resolve_checkpoint(name)
 
 
 def choose_device(wish: str) -> torch.device:
