@@ -1,0 +1,173 @@
+"""From a seed to packed rows of token ids, made by every core of the machine at once.
+
+Rows have two lengths, so that attention over the many short chats does not cost what the few long
+ones need. Each chat starts at a multiple of BLOCK, where its key blocks would start if it stood
+alone: block-sparse attention sees in training what it sees in serving.
+"""
+
+import multiprocessing
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tiny_m3 import chat_format, tasks
+
+BLOCK = 16
+SHORT_LEN, LONG_LEN = 512, 2048
+SAMPLE_CHATS = 12_000  # chats from which the vocabulary is learnt
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Packed chats, each array [R, S].
+
+    ids        uint16 token ids; filled up with eos
+    positions  int16 position inside its chat; a filler token is a chat of its own (position 0)
+    answer     uint8, 1 where the token belongs to an assistant turn after the last user turn
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    answer: np.ndarray
+
+    @staticmethod
+    def join(parts: list["Rows"]) -> "Rows":
+        """All rows of several shards."""
+        return Rows(
+            np.concatenate([p.ids for p in parts]),
+            np.concatenate([p.positions for p in parts]),
+            np.concatenate([p.answer for p in parts]),
+        )
+
+
+def tokenizer_texts(seed: int, num_chats: int) -> Iterator[str]:
+    """The chats from which the vocabulary is learnt."""
+    rng = random.Random(f"{seed}/tokenizer")
+    for _ in range(num_chats):
+        yield tasks.draw(tasks.SHORT, rng).text()
+
+
+def answer_mask(
+    ids: np.ndarray, turn: int, eos: int, ai: np.ndarray, user: np.ndarray
+) -> np.ndarray:
+    """1 on the tokens of the assistant turns after the last user turn, their eos included.
+
+    ai and user are the token ids of the role lines that follow `turn`.
+    """
+    mask = np.zeros(len(ids), np.uint8)
+    turns = np.flatnonzero(ids == turn)
+
+    def is_role(at: int, role: np.ndarray) -> bool:
+        return np.array_equal(ids[at + 1 : at + 1 + len(role)], role)
+
+    last_user = max((t for t in turns if is_role(t, user)), default=-1)
+    ends = np.flatnonzero(ids == eos)
+    for t in turns:
+        if t > last_user and is_role(t, ai):
+            start = t + 1 + len(ai)
+            mask[start : ends[ends >= start][0] + 1] = 1
+    return mask
+
+
+def _next_block(used: int) -> int:
+    """The first multiple of BLOCK from `used` on."""
+    return -(-used // BLOCK) * BLOCK
+
+
+class Packer:
+    """Best-fit packing of chats into rows of one length, with a few rows open at a time."""
+
+    NUM_OPEN = 16
+
+    def __init__(self, length: int, eos: int) -> None:
+        self.length, self.eos = length, eos
+        self.rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.open: list[tuple[int, int]] = []  # (tokens used, row), the fullest last
+
+    def add(self, ids: np.ndarray, answer: np.ndarray) -> None:
+        """Place one chat; one longer than a row is a ValueError."""
+        if len(ids) > self.length:
+            raise ValueError(f"a chat of {len(ids)} tokens does not fit a row of {self.length}")
+        fitting = [o for o in self.open if _next_block(o[0]) + len(ids) <= self.length]
+        if fitting:
+            used, row = fitting[-1]
+            self.open.remove((used, row))
+        else:
+            used, row = 0, len(self.rows)
+            self.rows.append((
+                np.full(self.length, self.eos, np.uint16),
+                np.zeros(self.length, np.int16),
+                np.zeros(self.length, np.uint8),
+            ))
+        start = _next_block(used)
+        stop = start + len(ids)
+        row_ids, row_positions, row_answer = self.rows[row]
+        row_ids[start:stop] = ids
+        row_positions[start:stop] = np.arange(len(ids))
+        row_answer[start:stop] = answer
+        self.open.append((stop, row))
+        self.open.sort()
+        if len(self.open) > self.NUM_OPEN:
+            self.open.pop()
+
+    def pack(self) -> Rows:
+        """The rows so far."""
+        if not self.rows:
+            empty = np.zeros((0, self.length))
+            return Rows(
+                empty.astype(np.uint16), empty.astype(np.int16), empty.astype(np.uint8)
+            )
+        return Rows(*(np.stack([r[i] for r in self.rows]) for i in range(3)))
+
+
+def make_shard(job: tuple[str, str, int, int, int]) -> tuple[Rows, Rows, int]:
+    """(tokenizer file, seed text, shard, short tokens, long tokens) -> short rows, long rows,
+    bytes of text."""
+    tokenizer_file, seed, shard, short_tokens, long_tokens = job
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    turn, eos = (tokenizer.token_to_id(t) for t in (chat_format.TURN, chat_format.EOS))
+    ai = np.array(tokenizer.encode("ai\n").ids, np.uint16)
+    user = np.array(tokenizer.encode("user\n").ids, np.uint16)
+    num_bytes = 0
+    packers = Packer(SHORT_LEN, eos), Packer(LONG_LEN, eos)
+    rng = random.Random(f"{seed}/{shard}")
+    for pool, goal in ((tasks.SHORT, short_tokens), (tasks.LONG, long_tokens)):
+        done = 0
+        while done < goal:
+            texts = [tasks.draw(pool, rng).text() for _ in range(64)]
+            num_bytes += sum(len(t) for t in texts)
+            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                ids = np.array(encoding.ids, np.uint16)
+                done += len(ids)
+                if len(ids) > LONG_LEN:
+                    continue
+                packer = packers[0] if len(ids) <= SHORT_LEN else packers[1]
+                packer.add(ids, answer_mask(ids, turn, eos, ai, user))
+    return packers[0].pack(), packers[1].pack(), num_bytes
+
+
+def make_rows(
+    tokenizer_file: Path,
+    seed: str,
+    short_tokens: int,
+    long_tokens: int,
+    num_workers: int,
+    num_shards: int,
+) -> tuple[Rows, Rows, int]:
+    """The corpus of a seed: the same rows whatever the number of workers."""
+    jobs = [
+        (str(tokenizer_file), seed, i, short_tokens // num_shards, long_tokens // num_shards)
+        for i in range(num_shards)
+    ]
+    if num_workers <= 1:
+        shards = [make_shard(j) for j in jobs]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(num_workers) as pool:
+            shards = pool.map(make_shard, jobs, chunksize=1)
+    short, long, sizes = zip(*shards, strict=True)
+    return Rows.join(list(short)), Rows.join(list(long)), sum(sizes)

@@ -1,0 +1,88 @@
+"""Batched generation with a cache, for evaluation and for the draft's training text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiny_m3.model import TinyM3
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """temperature 0 is greedy; seed makes the draws of a batch repeatable."""
+
+    max_new: int
+    temperature: float = 0.0
+    seed: int = 0
+    full_attention: bool = False
+
+
+# Attention scores of one layer of a prompt's forward: what limits a batch of long prompts.
+MAX_SCORES = 1_500_000_000
+
+
+@torch.no_grad()
+def generate(
+    model: TinyM3, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: int, batch: int
+) -> list[list[int]]:
+    """Continuations of `prompts`, each up to and including eos, at most max_new tokens.
+
+    Prompts of similar length share a batch; the order of the result is that of the input.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    out: list[list[int]] = [[] for _ in prompts]
+    start = 0
+    while start < len(order):
+        longest = len(prompts[order[start]])
+        scores = model.config.num_heads * longest * (longest + sampling.max_new)
+        size = max(1, min(batch, MAX_SCORES // scores))
+        part = order[start : start + size]
+        texts = _generate_batch(model, [prompts[i] for i in part], sampling, eos)
+        for i, text in zip(part, texts, strict=True):
+            out[i] = text
+        start += size
+    return out
+
+
+def _generate_batch(
+    model: TinyM3, prompts: list[Sequence[int]], sampling: Sampling, eos: int
+) -> list[list[int]]:
+    device = model.embed.weight.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    longest = max(len(p) for p in prompts)
+    b = len(prompts)
+    ids = torch.full((b, longest), eos, device=device)
+    for i, p in enumerate(prompts):
+        ids[i, : len(p)] = torch.tensor(list(p), device=device)
+    rows = torch.arange(b, device=device)
+    full = torch.full((b,), sampling.full_attention, device=device)
+    # Padding behind a short prompt writes keys that no query sees before they are overwritten.
+    caches = model.make_caches(b, longest + sampling.max_new, device)
+    positions = torch.arange(longest, device=device).expand(b, -1)
+    hidden = model(ids, positions, full, caches=caches)[0][rows, lengths - 1]
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    emitted = []
+    done = torch.zeros(b, dtype=torch.bool, device=device)
+    for i in range(sampling.max_new):
+        token = choose(model.head(hidden), sampling.temperature, generator)
+        emitted.append(torch.where(done, eos, token))
+        done |= token == eos
+        if i % 16 == 15 and bool(done.all()):
+            break
+        hidden = model(token[:, None], (lengths + i)[:, None], full, caches=caches)[0][:, 0]
+    table = torch.stack(emitted, 1).tolist()
+    return [_until(row, eos) for row in table]
+
+
+def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """One token a row from logits [B, V]."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def _until(row: list[int], eos: int) -> list[int]:
+    return row[: row.index(eos) + 1] if eos in row else row

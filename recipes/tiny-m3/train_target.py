@@ -1,0 +1,284 @@
+"""Trains tiny-m3's target: corpus from a seed, training, export in the hub's layout, scores.
+
+    python recipes/tiny-m3/train_target.py --out OUT             # one H200, under ten minutes
+    python recipes/tiny-m3/train_target.py --out OUT --smoke     # CPU, seconds, learns nothing
+
+bf16 autocast over fp32 weights and AdamW. The main model learns from the cross-entropy alone; the
+lightning indexer from the attention it would have to find (model.Attention._index_loss), which
+keeps selection and attention from chasing each other. Training starts with full attention and
+moves most rows to block-sparse attention between two fifths of the steps; some rows stay full, so
+that both forms of attention work at the end.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tiny_m3 import chat_format, checkpoints, corpus, evalsets, tasks
+from tiny_m3.model import Moe, TargetConfig, TinyM3
+from tiny_m3.scoring import Speaker
+from tokenizers import Tokenizer
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a run depends on besides the seed."""
+
+    model: TargetConfig = TargetConfig()
+    tokenizer_chats: int = corpus.SAMPLE_CHATS
+    short_tokens: int = 34_000_000
+    long_tokens: int = 10_000_000
+    num_shards: int = 64
+    short_rows: int = 96  # rows of 512 in a step
+    long_rows: int = 8  # rows of 2,048 in a step
+    steps: int = 6000
+    warmup: int = 150
+    peak_lr: float = 2.5e-3
+    weight_decay: float = 0.05
+    prompt_weight: float = 0.1  # loss weight of tokens that the model does not have to say
+    balance_rate: float = 1e-3  # step of the routing bias
+    sparse_from: float = 0.15  # progress at which rows begin to turn sparse
+    sparse_to: float = 0.35
+    full_share: float = 0.2  # rows that keep full attention to the end
+    eval_problems: int = 500
+    eval_batch: int = 512
+
+
+SMOKE = Plan(
+    model=TargetConfig(
+        vocab_size=1024, hidden_size=32, num_layers=3, num_dense_layers=1, num_heads=4, head_dim=16,
+        rotary_dim=8, dense_width=32, shared_width=16, expert_width=16, num_experts=4,
+        experts_per_token=2, index_dim=16,
+    ),
+    tokenizer_chats=600, short_tokens=12_000, long_tokens=5_000, num_shards=1, short_rows=2,
+    long_rows=1, steps=4, warmup=1, eval_problems=4, eval_batch=8,
+)  # fmt: skip
+
+
+class RowSet:
+    """Rows on the device; batch i is the same whenever it is asked for."""
+
+    def __init__(self, rows: corpus.Rows, size: int, seed: int, device: torch.device) -> None:
+        self.ids = torch.from_numpy(rows.ids.astype(np.int16)).to(device)
+        self.positions = torch.from_numpy(rows.positions).to(device)
+        self.answer = torch.from_numpy(rows.answer).to(device)
+        self.size, self.seed = min(size, len(rows.ids)), seed
+        self.epoch, self.order = -1, torch.zeros(0)
+
+    def batch(self, step: int, prompt_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(ids, positions, next ids, loss weights), each [B, S]."""
+        per_epoch = len(self.ids) // self.size
+        epoch, at = divmod(step, per_epoch)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
+            self.epoch = epoch
+            self.order = torch.randperm(len(self.ids), generator=generator)
+        pick = self.order[at * self.size : (at + 1) * self.size].to(self.ids.device)
+        ids, positions = self.ids[pick].long(), self.positions[pick].long()
+        follows = F.pad(positions[:, 1:] == positions[:, :-1] + 1, (0, 1))
+        spoken = F.pad(self.answer[pick][:, 1:] > 0, (0, 1))
+        weights = torch.where(spoken, 1.0, prompt_weight) * follows
+        return ids, positions, F.pad(ids[:, 1:], (0, 1)), weights
+
+
+def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of cross-entropies."""
+    logits = F.linear(hidden, head).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum()
+
+
+def make_corpus(plan: Plan, seed: int, out: Path, workers: int) -> tuple[Tokenizer, corpus.Rows,
+                                                                         corpus.Rows]:
+    """Vocabulary and packed rows; both depend on the seed alone."""
+    start = time.monotonic()
+    tokenizer = chat_format.build_tokenizer(
+        corpus.tokenizer_texts(seed, plan.tokenizer_chats), plan.model.vocab_size
+    )
+    chat_format.save_tokenizer(tokenizer, out, plan.model.max_len)
+    short, long, num_bytes = corpus.make_rows(
+        out / "tokenizer.json", f"{seed}/train", plan.short_tokens, plan.long_tokens, workers,
+        plan.num_shards,
+    )  # fmt: skip
+    print(
+        f"corpus: {num_bytes / 1e6:.0f} MB of text, {short.ids.shape} and {long.ids.shape} rows, "
+        f"{time.monotonic() - start:.0f} s"
+    )
+    return tokenizer, short, long
+
+
+def schedule(plan: Plan, step: int, progress: float) -> tuple[float, float]:
+    """(learning rate, share of rows with full attention)."""
+    rate = plan.peak_lr * min(1.0, (step + 1) / plan.warmup) * (1.0 - progress)
+    ramp = (progress - plan.sparse_from) / (plan.sparse_to - plan.sparse_from)
+    return rate, 1.0 - min(max(ramp, 0.0), 1.0) * (1.0 - plan.full_share)
+
+
+@torch.no_grad()
+def balance(moes: list[Moe], loads: list[list[Tensor]], rate: float) -> None:
+    """Move every routing bias one step toward equal loads (no auxiliary loss)."""
+    for moe, counts in zip(moes, zip(*loads, strict=True), strict=True):
+        load = torch.stack(counts).sum(0).float()
+        moe.bias += rate * torch.sign(load.mean() - load)
+
+
+def train(
+    plan: Plan, model: TinyM3, rows: tuple[RowSet, RowSet], args: argparse.Namespace, begun: float
+) -> list[dict[str, float]]:
+    """The loop. Ends at plan.steps or when the time is up, with the rate at zero either way."""
+    device = model.embed.weight.device
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": plan.weight_decay},
+              {"params": rest, "weight_decay": 0.0}]  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        groups, lr=plan.peak_lr, betas=(0.9, 0.95), fused=device.type == "cuda"
+    )
+    moes = [m for m in model.modules() if isinstance(m, Moe)]
+    curve: list[dict[str, float]] = []
+    first, used = 0, 0.0
+    file = args.out / "checkpoint.pt"
+    if args.resume and file.exists():
+        state = torch.load(file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, used, curve = state["step"], state["used"], state["curve"]
+    losses_of = token_losses
+    if args.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+        losses_of = torch.compile(token_losses, dynamic=False)
+    limit = args.minutes * 60
+    clock = time.monotonic() - used
+    if not first:
+        # Time already gone on the corpus belongs to the run.
+        clock = begun
+    saved = time.monotonic()
+    chance = torch.Generator().manual_seed(args.seed)
+    for step in range(first, plan.steps):
+        progress = max(step / plan.steps, (time.monotonic() - clock) / limit)
+        if progress >= 1.0:
+            break
+        rate, full_share = schedule(plan, step, progress)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batches = [r.batch(step, plan.prompt_weight) for r in rows]
+        total = torch.stack([b[3].sum() for b in batches]).sum()
+        parts, loads = [], []
+        for ids, positions, targets, weights in batches:
+            full = (torch.rand(len(ids), generator=chance) < full_share).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                hidden, _, index_loss, load = model(ids, positions, full, train_indexer=True)
+                loss = losses_of(hidden, model.head.weight, targets, weights) / total
+            (loss + index_loss * (len(ids) / 64)).backward()
+            parts.append(torch.stack([loss.detach(), index_loss.detach()]))
+            loads.append(load)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        balance(moes, loads, plan.balance_rate if progress < 0.9 else 0.0)
+        if step % args.log_every == 0 or step == plan.steps - 1:
+            short, long = torch.stack(parts).tolist()
+            point = {
+                "step": step, "seconds": round(time.monotonic() - clock, 1),
+                "loss": round(short[0] + long[0], 4), "index_short": round(short[1], 4),
+                "index_long": round(long[1], 4), "grad_norm": round(float(norm), 3),
+                "lr": round(rate, 6), "full_share": round(full_share, 2),
+            }  # fmt: skip
+            curve.append(point)
+            if step % (args.log_every * 10) == 0:
+                print(json.dumps(point), flush=True)
+        if time.monotonic() - saved > args.save_every:
+            saved = time.monotonic()
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "step": step + 1, "used": time.monotonic() - clock, "curve": curve},
+                file,
+            )  # fmt: skip
+    return curve
+
+
+def evaluate(plan: Plan, folder: Path, device: torch.device) -> dict[str, object]:
+    """Scores of the exported weights, greedy, fp32."""
+    model = checkpoints.load_target(folder).to(device).eval()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    speaker = Speaker(model, tokenizer, plan.eval_batch)
+    n = plan.eval_problems
+    small = n < 50  # a smoke run
+    max_new = 24 if small else 400
+    report: dict[str, object] = {}
+    for mode in ("adaptive", "disabled"):
+        problems = evalsets.held_out_seeds(n)
+        report[f"seeds_{mode}"], texts, _ = speaker.word_problems(problems, mode, max_new)
+        if mode == "adaptive":
+            print(problems[0].question, "->", texts[0], flush=True)
+    report["templates_adaptive"], _, _ = speaker.word_problems(
+        evalsets.held_out_templates(n // 2), "adaptive", max_new
+    )
+    for num_facts in (8,) if small else (16, 60, 124, 150):
+        items = evalsets.needles(1 if small else 25, 2 if small else 4, num_facts)
+        for name, full in (("sparse", False), ("full", True)):
+            share, length, _ = speaker.needles(items, full, 16 if small else 80)
+            report[f"needle_{length:.0f}_{name}"] = share
+    rng = random.Random(evalsets.EVAL_SEED)
+    for task in ("sum", "json", "tools", "world", "world_text", "spelling"):
+        samples = [tasks.choose_mode(tasks.SHORT[task][0](rng), task, "enabled", rng)
+                   for _ in range(n // 4)]  # fmt: skip
+        report[f"same_text_{task}"] = speaker.same_text(samples, 16 if small else 200)
+    return report
+
+
+def main() -> None:
+    begun = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trained target")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for corpus and training")
+    parser.add_argument("--steps", type=int, help="fewer or more steps than planned")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few steps")
+    parser.add_argument("--init-from", type=Path, help="start from an exported target")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    parser.add_argument("--save-every", type=float, default=200.0, help="seconds")
+    parser.add_argument("--log-every", type=int, default=20, help="steps")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.compile = args.bf16 = device.type == "cuda"
+    plan = SMOKE if args.smoke else Plan()
+    if args.steps:
+        plan = dataclasses.replace(plan, steps=args.steps)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer, short, long = make_corpus(
+        plan, args.seed, args.out, 1 if args.smoke else args.workers
+    )
+    model = TinyM3(plan.model)
+    model.initialise(args.seed)
+    if args.init_from:
+        model.load_state_dict(checkpoints.load_target(args.init_from).state_dict())
+    model.to(device)
+    rows = (
+        RowSet(short, plan.short_rows, args.seed, device),
+        RowSet(long, plan.long_rows, args.seed + 1, device),
+    )
+    curve = train(plan, model, rows, args, begun)
+    checkpoints.save_target(model, args.out)
+    (args.out / "curve.json").write_text(json.dumps(curve))
+    print(f"trained in {time.monotonic() - begun:.0f} s", flush=True)
+    del rows
+    report = evaluate(plan, args.out, device)
+    (args.out / "scores.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report, indent=1))
+    print(f"done in {time.monotonic() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
