@@ -4,13 +4,14 @@ The host may be one step behind, so lengths, newest tokens and drafts live here 
 names slots. The last row of every tensor belongs to the padding slot.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from eaglerun.sampling import SamplingState
-from eaglerun.step import Admission, BlockUpdate
+from eaglerun.step import Admission, BlockUpdate, DecodeRow
 
 
 class DeviceState:
@@ -66,19 +67,64 @@ class DeviceState:
 
     def set_blocks(self, update: BlockUpdate) -> None:
         end = update.first_index + len(update.block_ids)
-        ids = torch.tensor(update.block_ids, dtype=torch.int32, device=self.block_table.device)
-        self.block_table[update.slot_id, update.first_index : end] = ids
+        ids = host_tensor(update.block_ids, self.block_table.device)
+        self.block_table[update.slot_id, update.first_index : end] = ids.int()
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeInputs:
-    """Rows of the decode part, padded to B sequences.
+class StepBuffers:
+    """What the moves of a decode step hand to each other, at fixed addresses.
 
-    slots [B] int64 (the padding slot on padding sequences); num_drafts, num_propose [B] int64
-    (-1 and 0 on padding sequences); max_seq_len: upper bound of the keys any row sees.
+    slots        [max_batch] int64; the padding slot on padding sequences
+    num_drafts   [max_batch] int64, drafts to judge; -1 on padding sequences
+    num_propose  [max_batch] int64, drafts to make; 0 on padding sequences
+    emitted      [max_batch, K_max + 1] int64, -1 where a row emits nothing
+    accepted     [max_batch] int64
     """
 
-    slots: Tensor
-    num_drafts: Tensor
-    num_propose: Tensor
-    max_seq_len: int
+    def __init__(
+        self, max_batch: int, num_draft_tokens: int, padding_slot: int, device: torch.device
+    ) -> None:
+        self._padding_slot = padding_slot
+        self._device = device
+        # One tensor, so that a step's numbers arrive in one copy.
+        self._columns = torch.zeros(3, max_batch, dtype=torch.int64, device=device)
+        self.slots, self.num_drafts, self.num_propose = self._columns
+        shape = (max_batch, num_draft_tokens + 1)
+        self.emitted = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.accepted = torch.zeros(max_batch, dtype=torch.int64, device=device)
+
+    def fill(self, rows: tuple[DecodeRow, ...], batch_size: int) -> None:
+        """The plan's rows, then padding up to ``batch_size``."""
+        padding = batch_size - len(rows)
+        columns = host_tensor(
+            [
+                [row.slot_id for row in rows] + [self._padding_slot] * padding,
+                [row.num_drafts for row in rows] + [-1] * padding,
+                [row.num_propose for row in rows] + [0] * padding,
+            ],
+            self._device,
+        )
+        self._columns[:, :batch_size] = columns
+
+    @contextmanager
+    def blank(self) -> Iterator[None]:
+        """Padding everywhere while entered: moves that run meanwhile touch no sequence."""
+        kept = [t.clone() for t in (self._columns, self.emitted, self.accepted)]
+        self.slots.fill_(self._padding_slot)
+        self.num_drafts.fill_(-1)
+        self.num_propose.fill_(0)
+        self.emitted.fill_(-1)
+        self.accepted.fill_(0)
+        try:
+            yield
+        finally:
+            for tensor, before in zip(
+                (self._columns, self.emitted, self.accepted), kept, strict=True
+            ):
+                tensor.copy_(before)
+
+
+def host_tensor(values: object, device: torch.device) -> Tensor:
+    """An int64 tensor of host values on ``device``; the host does not wait for the copy."""
+    tensor = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)

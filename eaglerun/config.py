@@ -153,10 +153,15 @@ class SchedulingConfig(Checked):
     max_chunk_tokens: int | None = option(
         None, "rows of one prefill chunk; none: max_num_batched_tokens", low=1
     )
-    lag: int = option(0, "steps the host plans ahead of the device", low=0, high=1)
-    decode_batch_sizes: tuple[int, ...] = option(
-        (), "pad the decode batch to the next of these sizes; empty: no padding"
+    lag: int | None = option(
+        None, "steps the host plans ahead of the device; none: 1 on a GPU, else 0", low=0, high=1
     )
+    decode_batch_sizes: tuple[int, ...] = option(
+        (),
+        "pad the decode batch to the next of these sizes; empty: a few sizes on a GPU, where each "
+        "is captured, else no padding",
+    )
+    enforce_eager: bool = option(False, "on a GPU: launch every kernel anew, capture no graphs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +219,65 @@ class OutputConfig(Checked):
 
 
 @dataclass(frozen=True, slots=True)
+class ServerConfig(Checked):
+    """[server]: who may ask, how much may wait, and how it ends."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all of IPv4")
+    # Not "port": Kubernetes sets EAGLERUN_PORT=tcp://... for a service named eaglerun.
+    http_port: int = option(
+        8000, "port to listen on; 0: a free one", low=0, high=65535, aliases=("port",)
+    )
+    api_key: str | None = option(
+        None, "keys that clients must send, separated by commas; none: open", secret=True
+    )
+    allow_no_api_key: bool = option(
+        False, "listen on other than loopback addresses even without an api_key"
+    )
+    ssl_certfile: str | None = option(None, "TLS certificate chain (PEM); none: plain HTTP")
+    ssl_keyfile: str | None = option(None, "TLS key (PEM); none: in ssl_certfile")
+    cors_origins: str | None = option(
+        None,
+        "origins whose pages may call this server, separated by commas; *: any",
+        aliases=("allowed-origins",),
+    )
+    chat_template: str | None = option(None, "Jinja file; none: the checkpoint's own")
+    chat_template_kwargs: str = option(
+        "thinking_mode", "names that requests may set in chat_template_kwargs, by commas"
+    )
+    max_queued_requests: int = option(
+        1024, "requests without their first token; more are refused with 503", low=1
+    )
+    max_queued_tokens: int = option(
+        4_194_304, "prompt tokens of those; a lone request may exceed it", low=1
+    )
+    queue_timeout: float = option(
+        600.0, "seconds a request may wait for its first token; then it is refused", low=0.001
+    )
+    rate_limit: float | None = option(
+        None, "requests a second for each API key (address, without keys); none: any", low=0.001
+    )
+    rate_limit_burst: int = option(32, "requests above that rate at once", low=1)
+    max_body_bytes: int = option(16 * 2**20, "largest body of a request", low=1024)
+    max_prompt_chars: int = option(8 * 2**20, "longest prompt after the chat template", low=1)
+    max_n: int = option(16, "answers to one request", low=1, high=128)
+    max_stop: int = option(16, "stop strings of one request", low=0)
+    hung_after: float = option(
+        30.0, "seconds without a step, while requests are open, until not ready", low=0.001
+    )
+    shutdown_timeout: float = option(
+        30.0, "seconds that open requests get to end after SIGTERM", low=0
+    )
+    log_level: str = option(
+        "info", "least important log lines shown", choices=("debug", "info", "warning", "error")
+    )
+    log_stats_interval: float = option(
+        10.0, "seconds between log lines on throughput while there is any; 0: none", low=0
+    )
+    log_requests: bool = option(False, "log every HTTP request")
+    log_prompts: bool = option(False, "log prompts and answers, which are private")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole tree, one section per concern."""
 
@@ -222,6 +286,7 @@ class Config:
     scheduling: SchedulingConfig = SchedulingConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     output: OutputConfig = OutputConfig()
+    server: ServerConfig = ServerConfig()
 
     def __post_init__(self) -> None:
         spec, sched = self.speculation, self.scheduling

@@ -27,6 +27,9 @@ from eaglerun.text import TextStream
 
 log = logging.getLogger("eaglerun")
 
+# Decode batch sizes that are captured as graphs, as far as max_num_seqs needs them.
+CAPTURED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
 
 class Engine:
     """One engine: a scheduler, a runner, and the steps between them.
@@ -54,7 +57,12 @@ class Engine:
         self.max_model_len = _max_model_len(config, target, num_blocks * block_size)
         scheduling = config.scheduling
         rows = scheduling.max_num_seqs * (self.num_draft_tokens + 1)
-        widest = max(scheduling.decode_batch_sizes, default=0) * (self.num_draft_tokens + 1)
+        on_gpu = target.embed_tokens.weight.device.type == "cuda"
+        sizes = scheduling.decode_batch_sizes
+        if on_gpu and not sizes:
+            sizes = tuple(n for n in CAPTURED_SIZES if n < scheduling.max_num_seqs)
+            sizes += (scheduling.max_num_seqs,)
+        widest = max(sizes, default=0) * (self.num_draft_tokens + 1)
         self.pool = BlockPool(num_blocks, block_size)
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -89,11 +97,12 @@ class Engine:
                 if length is None or draft is None
                 else synthetic_rates(length, self.num_draft_tokens),
                 processed_logprobs=config.output.logprobs_mode == "processed",
-                decode_batch_sizes=scheduling.decode_batch_sizes,
+                decode_batch_sizes=sizes,
+                capture=not scheduling.enforce_eager,
                 keep_aux=config.output.return_aux_hidden_states,
             ),
         )
-        self._lag = scheduling.lag
+        self._lag = int(on_gpu) if scheduling.lag is None else scheduling.lag
         self._pending: deque[PendingStep] = deque()
         self._arrivals = 0
         self._seeds = random.Random(config.model.seed)

@@ -10,13 +10,15 @@ The decode part runs first; each prefill part follows in launches of its own, so
 row's bits do not depend on it. Nothing here waits for the device: the result does.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eaglerun.batch import DecodeInputs, DeviceState
+from eaglerun.batch import DeviceState, StepBuffers, host_tensor
+from eaglerun.graphs import Graphs
 from eaglerun.kernels.reference.carry import store_carry
 from eaglerun.kernels.reference.draft_inputs import kv_slots_of, verify_inputs
 from eaglerun.messages import SamplingParams, TokenLogprobs
@@ -50,6 +52,7 @@ class RunnerOptions:
     synthetic: tuple[float, ...]
     processed_logprobs: bool
     decode_batch_sizes: tuple[int, ...]
+    capture: bool
     keep_aux: bool
 
 
@@ -63,6 +66,18 @@ class AuxRows:
     slot_id: int
     start: int
     hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """What the target move leaves for the moves after it: B sequences of Q rows."""
+
+    logits: Tensor  # [B, Q, V]
+    drafts: Tensor  # [B, Q - 1]
+    kv_slots: Tensor  # [B * Q]
+    positions: Tensor  # [B, Q]
+    length: Tensor  # [B], before the step
+    table: Tensor  # [B, M]
 
 
 @dataclass(slots=True)
@@ -89,24 +104,25 @@ class PendingStep:
         prefilled: _Prefilled | None,
         num_experts: Tensor,
         aux: list[AuxRows],
-        times: StepTimes,
+        clock: "_Clock",
     ) -> None:
         self.plan = plan
         self.aux = aux
         self._decoded = decoded
         self._prefilled = prefilled
         self._num_experts = num_experts
-        self._times = times
+        self._clock = clock
 
     def result(self) -> StepResult:
         plan = self.plan
+        self._clock.wait()
         decode: tuple[tuple[int, ...], ...] = ()
         accepted: tuple[int, ...] = ()
         decode_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if self._decoded is not None:
-            rows = self._decoded.emitted[: len(plan.decode)].tolist()
+            rows = self._decoded.emitted.tolist()
             decode = tuple(tuple(t for t in row if t >= 0) for row in rows)
-            accepted = tuple(self._decoded.accepted[: len(plan.decode)].tolist())
+            accepted = tuple(self._decoded.accepted.tolist())
             if self._decoded.logprobs is not None:
                 width = len(rows[0])
                 flat = _to_host(self._decoded.logprobs, [t for row in rows for t in row])
@@ -138,7 +154,7 @@ class PendingStep:
             prefill_logprobs=prefill_logprobs,
             prompt_logprobs=prompt_logprobs,
             num_experts=int(self._num_experts),
-            times=self._times,
+            times=self._clock.times(),
         )
 
 
@@ -179,125 +195,168 @@ class Runner:
             dtype=dtype,
         )
         self.num_experts = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.buffers = StepBuffers(
+            max(options.num_slots, *options.decode_batch_sizes, 1),
+            options.num_draft_tokens,
+            self.state.padding_slot,
+            self.device,
+        )
+        self.graphs = Graphs(self.device, options.capture, self.buffers.blank)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step. Plans must come in the order they were made."""
-        begin = time.perf_counter()
         for admission in plan.admissions:
             self.state.admit(admission, self.options.eos_token_ids, self.block_carry)
         for update in plan.blocks:
             self.state.set_blocks(update)
         self.num_experts.zero_()
         aux: list[AuxRows] = []
-        clock = _Clock()
+        clock = _Clock(self.device)
         decoded = self._decode(plan, aux, clock) if plan.decode else None
-        experts = self.num_experts.clone()
+        experts = to_host(self.num_experts)
         prefilled = self._prefill(plan, aux, clock) if plan.prefill else None
-        times = StepTimes(
-            target_ms=clock.target * 1e3,
-            draft_ms=clock.draft * 1e3,
-            total_ms=(time.perf_counter() - begin) * 1e3,
-        )
-        return PendingStep(plan, decoded, prefilled, experts, aux, times)
+        clock.end()
+        return PendingStep(plan, decoded, prefilled, experts, aux, clock)
 
     # Decode part.
 
     def _decode(self, plan: StepPlan, aux: list[AuxRows], clock: "_Clock") -> _Decoded:
-        state, options = self.state, self.options
-        inputs = self._decode_inputs(plan)
-        B, Q = inputs.slots.shape[0], plan.num_drafts + 1
-        length = state.length[inputs.slots]
-        drafts = state.draft_tokens[inputs.slots, : Q - 1]
-        table = state.block_table[inputs.slots]
+        """Three moves, each a graph of its own where graphs are on."""
+        rows, buffers = plan.decode, self.buffers
+        B, Q = self._batch_size(len(rows)), plan.num_drafts + 1
+        buffers.fill(rows, B)
+        bound = self._key_bound(max(row.max_len + row.num_drafts for row in rows))
+        features = self._features([row.slot_id for row in rows])
+        shape = (B, Q, bound)
+        clock.start()
+        forward = self.graphs.run(("target", *shape), lambda: self._target_move(B, Q, bound))
+        scored = self.graphs.run(
+            ("accept", *shape, features), lambda: self._accept_move(forward, features)
+        )
+        clock.target_done()
+        if self.options.keep_aux and self.aux is not None:
+            self._keep_decode_aux(plan, forward.positions, Q, aux)
+        if self.draft is not None:
+            sampled = features if self.options.probabilistic_drafts else None
+            self.graphs.run(
+                ("draft", *shape, plan.num_propose, sampled),
+                lambda: self._draft_move(forward, plan.num_propose, bound, features),
+            )
+        clock.draft_done()
+        emitted = to_host(buffers.emitted[: len(rows), :Q])
+        logprobs = None
+        if plan.num_logprobs >= 0:
+            chosen = scored if self.options.processed_logprobs else forward.logits
+            flat = chosen[: len(rows)].flatten(0, 1)
+            tokens = buffers.emitted[: len(rows), :Q].flatten()
+            logprobs = logprobs_of(flat, tokens, plan.num_logprobs)
+        return _Decoded(emitted, to_host(buffers.accepted[: len(rows)]), logprobs)
+
+    def _target_move(self, B: int, Q: int, max_seq_len: int) -> _Forward:
+        """Rows [last token, drafts] of each sequence through the target, aux captured."""
+        state, buffers = self.state, self.buffers
+        slots = buffers.slots[:B]
+        length = state.length[slots]
+        drafts = state.draft_tokens[slots, : Q - 1]
+        table = state.block_table[slots]
         ids, positions, kv_slots, seq_lens = verify_inputs(
             length,
-            state.last_token[inputs.slots],
+            state.last_token[slots],
             drafts,
-            inputs.num_drafts,
+            buffers.num_drafts[:B],
             table,
-            options.block_size,
+            self.options.block_size,
             Q,
         )
         batch = AttentionBatch(
             positions=positions.view(-1),
             kv_slots=kv_slots.view(-1),
-            seq_ids=torch.arange(B, device=self.device).repeat_interleave(Q),
+            seq_ids=torch.arange(B * Q, device=self.device) // Q,
             block_tables=table,
             cu_seqlens_q=torch.arange(0, B * Q + 1, Q, dtype=torch.int32, device=self.device),
             seq_lens=seq_lens,
             max_q_len=Q,
-            max_seq_len=inputs.max_seq_len,
+            max_seq_len=max_seq_len,
             uniform=True,
             q_lens=(Q,) * B,
         )
-        clock.start()
         hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, self.num_experts)
         logits = self.target.logits(hidden).view(B, Q, -1)
-        features = self._features([row.slot_id for row in plan.decode])
+        return _Forward(logits, drafts, kv_slots.view(-1), positions, length, table)
+
+    def _accept_move(self, forward: _Forward, features: Features) -> Tensor:
+        """Judge the drafts and move the sequences on; the logits as scored [B, Q, V]."""
+        state, buffers, options = self.state, self.buffers, self.options
+        B, Q, _ = forward.logits.shape
+        slots = buffers.slots[:B]
         verified = verify(
-            logits,
-            drafts,
-            None if state.draft_probs is None else state.draft_probs[inputs.slots, : Q - 1],
-            inputs.num_drafts,
-            length,
-            inputs.slots,
+            forward.logits,
+            forward.drafts,
+            None if state.draft_probs is None else state.draft_probs[slots, : Q - 1],
+            buffers.num_drafts[:B],
+            forward.length,
+            slots,
             state.sampling,
             features,
             options.rejection,
             options.synthetic,
         )
         emitted, accepted = verified.emitted, verified.accepted
-        num_emitted = (emitted >= 0).sum(dim=1)
-        state.length[inputs.slots] = length + num_emitted
-        newest = emitted.gather(1, accepted[:, None])[:, 0].clamp(min=0)
-        state.last_token[inputs.slots] = newest
-        state.sampling.add_tokens(inputs.slots, emitted, features.penalties)
-        clock.target_done()
-        if options.keep_aux and self.aux is not None:
-            self._keep_decode_aux(plan, positions, Q, aux)
-        if self.draft is not None and self.draft_kv is not None:
-            fed = self._combine(B * Q, kv_slots.view(-1))
-            fill_accepted(
-                self.draft, self.draft_kv, emitted, fed, length, table, options.block_size
-            )
-            if plan.num_propose:
-                row = torch.arange(B, device=self.device) * Q + accepted
-                self._propose(
-                    plan.num_propose,
-                    inputs.slots,
-                    newest,
-                    fed[row],
-                    length + num_emitted - 1,
-                    inputs.num_propose,
-                    inputs.max_seq_len + 1,
-                    features,
-                )
-        clock.draft_done()
-        logprobs = None
-        if plan.num_logprobs >= 0:
-            scored = verified.scored if options.processed_logprobs else logits
-            flat = scored.view(B * Q, -1)
-            logprobs = logprobs_of(flat, emitted.view(-1), plan.num_logprobs)
-        return _Decoded(emitted, accepted, logprobs)
+        state.length[slots] = forward.length + (emitted >= 0).sum(dim=1)
+        state.last_token[slots] = emitted.gather(1, accepted[:, None])[:, 0].clamp(min=0)
+        state.sampling.add_tokens(slots, emitted, features.penalties)
+        buffers.emitted[:B, :Q] = emitted
+        buffers.accepted[:B] = accepted
+        return verified.scored
 
-    def _decode_inputs(self, plan: StepPlan) -> DecodeInputs:
-        """Slots and draft counts of the decode rows, padded to the next batch size."""
-        rows = plan.decode
-        sizes = [n for n in self.options.decode_batch_sizes if n >= len(rows)]
-        padding = min(sizes) - len(rows) if sizes else 0
-        columns = torch.tensor(
-            [[row.slot_id, row.num_drafts, row.num_propose] for row in rows]
-            + [[self.state.padding_slot, -1, 0]] * padding
-        ).to(self.device)
-        return DecodeInputs(
-            slots=columns[:, 0],
-            num_drafts=columns[:, 1],
-            num_propose=columns[:, 2],
-            max_seq_len=min(
-                max(row.max_len + row.num_drafts for row in rows), self.options.max_model_len
-            ),
+    def _draft_move(
+        self, forward: _Forward, num_passes: int, max_seq_len: int, features: Features
+    ) -> None:
+        """Fill the draft's KV with what was emitted, then draft from the newest token of each."""
+        assert self.draft is not None and self.draft_kv is not None
+        state, buffers = self.state, self.buffers
+        B, Q = forward.positions.shape
+        slots = buffers.slots[:B]
+        fed = self._combine(B * Q, forward.kv_slots)
+        fill_accepted(
+            self.draft,
+            self.draft_kv,
+            buffers.emitted[:B, :Q],
+            fed,
+            forward.length,
+            forward.table,
+            self.options.block_size,
         )
+        if num_passes:
+            row = torch.arange(B, device=self.device) * Q + buffers.accepted[:B]
+            self._propose(
+                num_passes,
+                slots,
+                state.last_token[slots],
+                fed[row],
+                state.length[slots] - 1,
+                buffers.num_propose[:B],
+                max_seq_len + 1,
+                features,
+            )
+
+    def _batch_size(self, num_rows: int) -> int:
+        """The smallest decode batch size that holds the rows; their own number if none does."""
+        return min((n for n in self.options.decode_batch_sizes if n >= num_rows), default=num_rows)
+
+    def _key_bound(self, max_seq_len: int) -> int:
+        """Upper bound of the keys a row sees.
+
+        Exact where it shapes tensors; one of two values where it would multiply graphs: every
+        block is selected, or not.
+        """
+        limit = self.options.max_model_len
+        if self.graphs.enabled:
+            spec = self.target.spec
+            all_selected = spec.sparse_topk_blocks * spec.sparse_block_size
+            return min(all_selected if max_seq_len <= all_selected else limit, limit)
+        return min(max_seq_len, limit)
 
     # Prefill part.
 
@@ -305,11 +364,9 @@ class Runner:
         chunks = plan.prefill
         clock.start()
         batch = self._prefill_batch(chunks)
-        ids = torch.tensor([t for c in chunks for t in c.token_ids], device=self.device)
+        ids = host_tensor([t for c in chunks for t in c.token_ids], self.device)
         hidden = self.target(ids, batch, self.target_kv, self.aux, None)
-        ends = torch.tensor(
-            [end - 1 for end in _running_sum(chunks)[1:]], dtype=torch.int64, device=self.device
-        )
+        ends = host_tensor([end - 1 for end in _running_sum(chunks)[1:]], self.device)
         prompt = self._prompt_logprobs(chunks, hidden)
         final = [i for i, c in enumerate(chunks) if c.samples]
         sampled, logprobs = self._sample_prefill(plan, final, hidden, ends)
@@ -321,22 +378,22 @@ class Runner:
         if self.draft is not None:
             self._prefill_draft(plan, final, batch, ids, ends, sampled)
         clock.draft_done()
-        return _Prefilled(sampled, logprobs, prompt)
+        return _Prefilled(to_host(sampled), logprobs, prompt)
 
     def _prefill_batch(self, chunks: tuple[PrefillChunk, ...]) -> AttentionBatch:
         device, sums = self.device, _running_sum(chunks)
-        positions = torch.cat([torch.arange(c.start, c.end) for c in chunks]).to(device)
+        positions = host_tensor([p for c in chunks for p in range(c.start, c.end)], device)
         q_lens = tuple(len(c.token_ids) for c in chunks)
-        seq_ids = torch.repeat_interleave(torch.tensor(q_lens)).to(device)
-        table = self.state.block_table[torch.tensor([c.slot_id for c in chunks], device=device)]
+        seq_ids = host_tensor([i for i, n in enumerate(q_lens) for _ in range(n)], device)
+        table = self.state.block_table[host_tensor([c.slot_id for c in chunks], device)]
         slots = kv_slots_of(positions[:, None], table[seq_ids], self.options.block_size)
         return AttentionBatch(
             positions=positions,
             kv_slots=slots[:, 0],
             seq_ids=seq_ids,
             block_tables=table,
-            cu_seqlens_q=torch.tensor(sums, dtype=torch.int32, device=device),
-            seq_lens=torch.tensor([c.end for c in chunks], dtype=torch.int32, device=device),
+            cu_seqlens_q=host_tensor(sums, device).int(),
+            seq_lens=host_tensor([c.end for c in chunks], device).int(),
             max_q_len=max(q_lens),
             max_seq_len=max(c.end for c in chunks),
             uniform=False,
@@ -351,10 +408,11 @@ class Runner:
         if not final:
             return torch.zeros(0, dtype=torch.int64, device=self.device), None
         chunks = [plan.prefill[i] for i in final]
-        slots = torch.tensor([c.slot_id for c in chunks], device=self.device)
-        length = torch.tensor([c.end for c in chunks], device=self.device)
+        slots = host_tensor([c.slot_id for c in chunks], self.device)
+        length = host_tensor([c.end for c in chunks], self.device)
         features = self._features([c.slot_id for c in chunks])
-        logits = self.target.logits(hidden[ends[final]])[:, None]
+        last = ends[host_tensor(final, self.device)]
+        logits = self.target.logits(hidden[last])[:, None]
         none = logits.new_zeros(len(final), 0, dtype=torch.int64)
         adjusted = adjust(logits, state.sampling, slots, none, features)
         logp = filtered(adjusted, state.sampling, slots, features) if features.sampled else None
@@ -379,7 +437,7 @@ class Runner:
                 continue
             after = c.token_ids[1:] + (() if c.samples else (c.next_token,))
             logits = self.target.logits(hidden[start : start + len(after)])
-            tokens = torch.tensor(after, dtype=torch.int64, device=self.device)
+            tokens = host_tensor(after, self.device)
             found.append((logprobs_of(logits, tokens, c.prompt_logprobs), after))
         return found
 
@@ -401,7 +459,7 @@ class Runner:
         assert draft is not None and kv is not None and carry is not None
         chunks = plan.prefill
         fed = self._combine(ids.shape[0], batch.kv_slots)
-        slots = torch.tensor([c.slot_id for c in chunks], device=self.device)
+        slots = host_tensor([c.slot_id for c in chunks], self.device)
         before = torch.cat([fed[:1], fed[:-1]])
         before[batch.cu_seqlens_q[:-1].long()] = carry[slots]
         has_row = batch.positions > 0
@@ -416,10 +474,11 @@ class Runner:
         if not final:
             return
         proposing = [chunks[i] for i in final]
-        slots = slots[final]
-        length = torch.tensor([c.end for c in proposing], device=self.device)
+        which = host_tensor(final, self.device)
+        slots = slots[which]
+        length = host_tensor([c.end for c in proposing], self.device)
         table = self.state.block_table[slots]
-        fed = fed[ends[final]]
+        fed = fed[ends[which]]
         size = self.options.block_size
         fill_accepted(draft, kv, sampled[:, None], fed, length, table, size)
         if num_passes := max(c.num_propose for c in proposing):
@@ -429,7 +488,7 @@ class Runner:
                 sampled,
                 fed,
                 length,
-                torch.tensor([c.num_propose for c in proposing], device=self.device),
+                host_tensor([c.num_propose for c in proposing], self.device),
                 max(c.end for c in proposing) + 1,
                 self._features([c.slot_id for c in proposing]),
             )
@@ -491,25 +550,62 @@ class Runner:
 
 
 class _Clock:
-    """Host time of the parts of a step; on a CPU that is their run time."""
+    """Times of a step's parts: events on a GPU, wall time on a CPU."""
 
-    def __init__(self) -> None:
-        self.target = 0.0
-        self.draft = 0.0
-        self._last = 0.0
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        # (part that ended here, when)
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._mark("begin")
 
     def start(self) -> None:
-        self._last = time.perf_counter()
+        self._mark("other")
 
     def target_done(self) -> None:
-        now = time.perf_counter()
-        self.target += now - self._last
-        self._last = now
+        self._mark("target")
 
     def draft_done(self) -> None:
-        now = time.perf_counter()
-        self.draft += now - self._last
-        self._last = now
+        self._mark("draft")
+
+    def end(self) -> None:
+        self._mark("other")
+
+    def wait(self) -> None:
+        """Until the device has reached the last mark; what was copied to the host is there."""
+        last = self._marks[-1][1]
+        if isinstance(last, torch.cuda.Event):
+            last.synchronize()
+
+    def times(self) -> StepTimes:
+        spent = {"target": 0.0, "draft": 0.0, "other": 0.0}
+        for (_, before), (part, after) in itertools.pairwise(self._marks):
+            spent[part] += _between_ms(before, after)
+        return StepTimes(spent["target"], spent["draft"], sum(spent.values()))
+
+    def _mark(self, part: str) -> None:
+        if self._gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
+        else:
+            self._marks.append((part, time.perf_counter()))
+
+
+def _between_ms(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, float) and isinstance(after, float):
+        return (after - before) * 1e3
+    assert isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event)
+    elapsed: float = before.elapsed_time(after)
+    return elapsed
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, there once the step's last event is; the next step may overwrite the
+    original at once."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def _running_sum(chunks: tuple[PrefillChunk, ...]) -> list[int]:

@@ -1,0 +1,1 @@
+"""Measuring: accuracy with and without the draft, and speed."""

@@ -1,0 +1,76 @@
+"""Capture and replay of the decode moves on a GPU.
+
+A move is a function of fixed-address tensors that launches kernels and waits for nothing. The first
+run of a key is captured, later ones replay it; on a CPU, or with enforce_eager, a move just runs.
+What a move returns are the same tensors at every replay, overwritten.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+log = logging.getLogger("eaglerun")
+
+T = TypeVar("T")
+
+
+class Graphs:
+    """Captured moves by key, in one memory pool.
+
+    ``blank`` replaces a step's inputs by padding for as long as it is entered: a move runs once
+    before it is recorded, to load modules and fill caches, and that run must touch no sequence.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        enabled: bool,
+        blank: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.enabled = enabled and device.type == "cuda"
+        self._blank = blank
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        # An opaque handle, made at the first capture.
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def run(self, key: Hashable, move: Callable[[], T], capture: bool = True) -> T:
+        """Run ``move``; where ``capture`` allows it, through the graph of ``key``.
+
+        A captured move must launch the same kernels for the same key whatever the step.
+        """
+        if not (self.enabled and capture):
+            return move()
+        found = self._captured.get(key)
+        if found is None:
+            found = self._capture(key, move)
+        graph, output = found
+        graph.replay()
+        result: T = output
+        return result
+
+    def _capture(
+        self, key: Hashable, move: Callable[[], object]
+    ) -> tuple[torch.cuda.CUDAGraph, Any]:
+        begin = time.perf_counter()
+        with self._blank():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                move()
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = move()
+        self._captured[key] = (graph, output)
+        log.info("captured %s in %.2f s", key, time.perf_counter() - begin)
+        return self._captured[key]
