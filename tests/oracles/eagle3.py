@@ -9,6 +9,7 @@ predicts x[j + 2]. Proposing after the newest token x[p] begins at row p - 1; ea
 adds one row, its token the last draft and its hidden state the last feedback.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Proposal:
 
 
 def rms_norm(x: Vector, weight: Vector, eps: float) -> Vector:
-    return x / np.sqrt(np.mean(x * x) + eps) * weight
+    return x / math.sqrt(float(x @ x) / len(x) + eps) * weight
 
 
 def silu(x: Vector) -> Vector:
@@ -45,11 +46,12 @@ def silu(x: Vector) -> Vector:
 
 
 def rotate(x: Vector, position: int, theta: float) -> Vector:
-    """All dims of one head, in halves (j, j + dim / 2)."""
-    first, second = np.split(x, 2)
-    angles = position * theta ** (-2.0 * np.arange(len(first)) / len(x))
+    """All dims of every head x[..., dim], in halves (j, j + dim / 2)."""
+    half = x.shape[-1] // 2
+    angles = position * theta ** (-np.arange(half) / half)
     cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin])
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 class Eagle3Oracle:
@@ -112,28 +114,25 @@ class Eagle3Oracle:
             ]
         )
 
-    def key_value(self, x: Vector, position: int) -> tuple[list[Vector], list[Vector]]:
-        """Rotated keys and plain values of one row, one of each per KV head."""
+    def key_value(self, x: Vector, position: int) -> tuple[Vector, Vector]:
+        """Rotated keys and plain values of one row, [KV heads, dim] each."""
         keys = self.linear(x, "layers.0.self_attn.k_proj").reshape(self.groups, self.head_dim)
         values = self.linear(x, "layers.0.self_attn.v_proj").reshape(self.groups, self.head_dim)
-        return [rotate(key, position, self.theta) for key in keys], list(values)
+        return rotate(keys, position, self.theta), values
 
-    def attention(
-        self, x: Vector, row: int, cells: Sequence[tuple[list[Vector], list[Vector]]]
-    ) -> Vector:
+    def attention(self, x: Vector, row: int, cells: Sequence[tuple[Vector, Vector]]) -> Vector:
         """Row ``row`` over the keys and values of rows 0 .. row, or the last of them."""
         first = 0 if self.window is None else max(0, row - self.window + 1)
         queries = self.linear(x, "layers.0.self_attn.q_proj").reshape(self.heads, self.head_dim)
         outputs = []
-        for head, query in enumerate(queries):
+        for head, query in enumerate(rotate(queries, row, self.theta)):
             group = head // (self.heads // self.groups)
-            turned = rotate(query, row, self.theta)
             scores = [
-                float(turned @ cells[t][0][group]) * self.head_dim**-0.5
+                float(query @ cells[t][0][group]) * self.head_dim**-0.5
                 for t in range(first, row + 1)
             ]
             top = max(scores)
-            powers = [np.exp(score - top) for score in scores]
+            powers = [math.exp(score - top) for score in scores]
             total = sum(powers)
             mixed = np.zeros(self.head_dim)
             for t, power in zip(range(first, row + 1), powers, strict=True):
@@ -154,7 +153,7 @@ class Eagle3Oracle:
         row: int,
         x: Vector,
         hidden: Vector,
-        cells: Sequence[tuple[list[Vector], list[Vector]]],
+        cells: Sequence[tuple[Vector, Vector]],
     ) -> RowState:
         residual = hidden
         if self.config.get("norm_before_residual", False):
