@@ -23,6 +23,8 @@ class DeviceState:
     draft_probs   [S + 1, K_max, V] of sampled drafts under the rejection rule, else None
     block_table   [S + 1, M] int32, block ids; entries never set are 0 and never read unmasked
     carry         [S + 1, H] fc(aux) of the last position computed by a prefill chunk, or None
+    script        [S + 1, max_model_len + K_max] int64, tokens by position that stand in for the
+                  drafts (or for all tokens) in benchmarks and tests, else None
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class DeviceState:
         num_draft_tokens: int,
         draft_hidden_size: int | None,
         keeps_draft_probs: bool,
+        script_len: int,
         vocab_size: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -48,6 +51,10 @@ class DeviceState:
         self.draft_probs: Tensor | None = None
         if keeps_draft_probs:
             self.draft_probs = torch.zeros(rows, num_draft_tokens, vocab_size, device=device)
+        self.script: Tensor | None = None
+        if script_len:
+            self.script = torch.zeros(rows, script_len, dtype=torch.int64, device=device)
+        self.vocab_size = vocab_size
         self.sampling = SamplingState(num_slots, vocab_size, device)
 
     def admit(
@@ -62,8 +69,15 @@ class DeviceState:
         self.sampling.admit(
             a.slot_id, a.sampling, a.seed, stop_ids, a.prompt_ids, a.output_ids, a.num_output_tokens
         )
+        if self.script is not None:
+            self.script[a.slot_id] = self.write_script(a.seed, self.script.shape[1])
         if self.carry is not None and block_carry is not None and a.carry_block >= 0:
             self.carry[a.slot_id] = block_carry[a.carry_block]
+
+    def write_script(self, seed: int, length: int) -> Tensor:
+        """The script of a sequence: seeded random tokens. Tests put their own in its place."""
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        return torch.randint(self.vocab_size, (length,), generator=generator)
 
     def set_blocks(self, update: BlockUpdate) -> None:
         end = update.first_index + len(update.block_ids)

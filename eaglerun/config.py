@@ -200,6 +200,13 @@ class SpeculationConfig(Checked):
         aliases=("spec-decode-acceptance-rate",),
     )
 
+    scripted: str = option(
+        "none",
+        "benchmarks and tests only: drafts, or all tokens, come from a seeded script and not from "
+        "the models; the text means nothing",
+        choices=("none", "drafts", "tokens"),
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class OutputConfig(Checked):
@@ -308,6 +315,11 @@ class Config:
     def num_draft_tokens(self) -> int:
         """K_max in effect: 0 without a draft."""
         return 0 if self.model.draft is None else self.speculation.num_draft_tokens
+
+    @property
+    def meaningless_text(self) -> bool:
+        """Whether a benchmark setting makes the output something else than the model's."""
+        return self.synthetic_length is not None or self.speculation.scripted == "tokens"
 
     @property
     def synthetic_length(self) -> float | None:

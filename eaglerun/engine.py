@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from tokenizers import Tokenizer
@@ -23,6 +24,7 @@ from eaglerun.sequence import Sequence
 from eaglerun.speculative.policy import DraftLengthPolicy, FixedDraftLength
 from eaglerun.speculative.stats import AcceptanceLog, EngineStats
 from eaglerun.speculative.verify import synthetic_rates
+from eaglerun.step import StepPlan, StepResult
 from eaglerun.text import TextStream
 
 log = logging.getLogger("eaglerun")
@@ -99,6 +101,8 @@ class Engine:
                 processed_logprobs=config.output.logprobs_mode == "processed",
                 decode_batch_sizes=sizes,
                 capture=not scheduling.enforce_eager,
+                scripted_drafts=config.speculation.scripted == "drafts",
+                scripted_tokens=config.speculation.scripted == "tokens",
                 keep_aux=config.output.return_aux_hidden_states,
             ),
         )
@@ -108,6 +112,8 @@ class Engine:
         self._seeds = random.Random(config.model.seed)
         self._acceptance_log = AcceptanceLog(config.output.log_stats_every)
         self.aux: dict[tuple[str, int], list[AuxRows]] = {}
+        # Sees every committed step; for measurements.
+        self.observer: Callable[[StepPlan, StepResult], None] | None = None
 
     @classmethod
     def from_config(cls, config: Config, policy: DraftLengthPolicy | None = None) -> "Engine":
@@ -191,6 +197,11 @@ class Engine:
                 seq = slots[rows.slot_id]
                 self.aux.setdefault((seq.request.request_id, seq.index), []).append(rows)
         events = self.scheduler.commit(result)
+        self.stats.target_ms += result.times.target_ms
+        self.stats.draft_ms += result.times.draft_ms
+        self.stats.step_ms += result.times.total_ms
+        if self.observer is not None:
+            self.observer(pending.plan, result)
         line = self._acceptance_log.line(self.stats.acceptance.stats(), time.monotonic())
         if line is not None:
             log.info(line)

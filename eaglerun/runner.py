@@ -53,6 +53,8 @@ class RunnerOptions:
     processed_logprobs: bool
     decode_batch_sizes: tuple[int, ...]
     capture: bool
+    scripted_drafts: bool
+    scripted_tokens: bool
     keep_aux: bool
 
 
@@ -190,6 +192,9 @@ class Runner:
             num_draft_tokens=options.num_draft_tokens,
             draft_hidden_size=None if draft is None else draft.spec.hidden_size,
             keeps_draft_probs=options.rejection and options.probabilistic_drafts,
+            script_len=options.max_model_len + options.num_draft_tokens
+            if options.scripted_drafts or options.scripted_tokens
+            else 0,
             vocab_size=target.spec.vocab_size,
             device=self.device,
             dtype=dtype,
@@ -301,6 +306,7 @@ class Runner:
             features,
             options.rejection,
             options.synthetic,
+            self._scripted(slots, forward.length, Q) if options.scripted_tokens else None,
         )
         emitted, accepted = verified.emitted, verified.accepted
         state.length[slots] = forward.length + (emitted >= 0).sum(dim=1)
@@ -417,6 +423,8 @@ class Runner:
         adjusted = adjust(logits, state.sampling, slots, none, features)
         logp = filtered(adjusted, state.sampling, slots, features) if features.sampled else None
         sampled = draw(adjusted, logp, state.sampling, slots, length[:, None])[:, 0]
+        if self.options.scripted_tokens:
+            sampled = self._scripted(slots, length, 1)[:, 0]
         state.length[slots] = length + 1
         state.last_token[slots] = sampled
         state.sampling.add_tokens(slots, sampled[:, None], features.penalties)
@@ -532,9 +540,17 @@ class Runner:
             self.target.spec.vocab_size,
             sampler,
         )
+        if self.options.scripted_drafts or self.options.scripted_tokens:
+            drafts = self._scripted(slots, position + 1, num_passes)
         self.state.draft_tokens[slots, :num_passes] = drafts
         if probs is not None and self.state.draft_probs is not None:
             self.state.draft_probs[slots, :num_passes] = probs.float()
+
+    def _scripted(self, slots: Tensor, start: Tensor, count: int) -> Tensor:
+        """``count`` tokens of the script from position ``start`` [B] on: [B, count]."""
+        assert self.state.script is not None
+        at = start[:, None] + torch.arange(count, device=self.device)
+        return self.state.script[slots[:, None], at.clamp(max=self.state.script.shape[1] - 1)]
 
     def _features(self, slot_ids: list[int]) -> Features:
         params = [self.state.sampling.params[slot] for slot in slot_ids]

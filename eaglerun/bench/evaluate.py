@@ -134,8 +134,10 @@ def in_process(
     config: Config, models: Models, num_draft_tokens: int, mode: str, max_tokens: int
 ) -> Answerer:
     """Answers from an engine of this process. ConfigError where acceptance is synthetic."""
-    if config.synthetic_length is not None:
-        raise ConfigError("synthetic acceptance makes text meaningless: not usable with eval")
+    if config.meaningless_text:
+        raise ConfigError(
+            "synthetic acceptance and scripted tokens make text meaningless: not usable with eval"
+        )
     if models.path is None:
         raise ConfigError("eval needs a checkpoint with a tokenizer and a chat template")
     chat = load_chat(models.path, Limits())

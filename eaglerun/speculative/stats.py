@@ -57,6 +57,7 @@ class EngineStats:
     prefill_samples    tokens sampled by a final prefill chunk (after a preemption too)
     decode_rows        verify rows committed, with or without drafts
     trimmed_tokens     computed past an EOS, stop or length limit and dropped
+    target_ms, draft_ms, step_ms  time of the steps and of its two models, on the device
     steps_discarded    rows computed for a sequence that had already ended
     """
 
@@ -69,6 +70,9 @@ class EngineStats:
     trimmed_tokens: int = 0
     steps_discarded: int = 0
     preemptions: int = 0
+    target_ms: float = 0.0
+    draft_ms: float = 0.0
+    step_ms: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
     acceptance: AcceptanceCounter = field(default_factory=AcceptanceCounter)
     by_context: dict[int, AcceptanceCounter] = field(default_factory=dict)

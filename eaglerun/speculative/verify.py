@@ -57,12 +57,14 @@ def verify(
     features: Features,
     rejection: bool,
     synthetic: tuple[float, ...],
+    script: Tensor | None = None,
 ) -> Verified:
     """Judge up to K drafts of B sequences.
 
     Shapes  logits [B, K + 1, V], row j after the last token and d1 .. dj; drafts [B, K] int64;
             draft_probs [B, K, V] of sampled drafts, None where drafts are one-hot; num_drafts [B]
-            int64, -1 on padding sequences; length [B] int64, last token included; slots [B].
+            int64, -1 on padding sequences; length [B] int64, last token included; slots [B];
+            script [B, K + 1] int64, tokens that take the place of the target's choices.
     """
     B, Q, V = logits.shape
     positions = length[:, None] + torch.arange(Q, device=logits.device)
@@ -73,7 +75,7 @@ def verify(
         targets, matches = _synthetic(logits, drafts, positions, slots, state, synthetic)
     else:
         targets = draw(logits, logp, state, slots, positions)
-        matches = targets[:, :-1] == drafts
+        matches = targets[:, :-1] == drafts if script is None else script[:, :-1] == drafts
         if rejection and logp is not None and Q > 1:
             stands, recovered = _reject(logp, drafts, draft_probs, positions, slots, state)
             sampled = (state.temperature[slots] > 0)[:, None]
@@ -83,6 +85,8 @@ def verify(
             targets = torch.cat(
                 [torch.where(sampled & judged, chosen, targets[:, :-1]), targets[:, -1:]], dim=1
             )
+    if script is not None:
+        targets = script
     emitted, accepted = accept(targets, matches, num_drafts)
     return Verified(emitted, accepted, scored)
 
