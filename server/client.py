@@ -1,19 +1,21 @@
 """The engine as the server sees it: submit a request, follow its events, ask how it is."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from eaglerun.messages import Event, Request, SpeculationStats
 
 
-class Events(AsyncIterator[Event], Protocol):
+class Events(AsyncIterable[Event], Protocol):
     """The events of one request, of all its sequences, until each has ended.
 
     Every sequence ends in one Finished, or the whole request in one Failed (the engine died, or
     the server stops). Iterating raises CapacityError if the request waited longer for its turn
     than the queue's deadline; that too is its end.
     """
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
 
     def take_ready(self) -> list[Event]:
         """What has arrived and was not iterated yet, without waiting; often empty.

@@ -1,0 +1,227 @@
+"""The routes. create_app() builds everything from what it is given; nothing here is global."""
+
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute, APIRouter
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute
+
+from eaglerun.server import answers
+from eaglerun.server.auth import Guard, JsonRequest
+from eaglerun.server.chat import Chat, template_values
+from eaglerun.server.client import EngineClient
+from eaglerun.server.failures import ApiError, install_handlers, refuse
+from eaglerun.server.generate import Backend, chat_completion, completion, response
+from eaglerun.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from eaglerun.server.responses_protocol import ResponsesRequest
+from eaglerun.server.settings import Settings
+from eaglerun.server.usage import debug_speculation
+
+Responses = dict[int | str, dict[str, Any]]
+
+ERRORS: Responses = {
+    "4XX": {"model": answers.ErrorBody, "description": "Refused"},
+    "5XX": {"model": answers.ErrorBody, "description": "Failed, or too busy"},
+}
+
+
+def create_app(
+    client: EngineClient,
+    settings: Settings,
+    chat: Chat,
+    extra_routes: Sequence[BaseRoute] = (),
+) -> FastAPI:
+    """The server as an ASGI application.
+
+    ``extra_routes`` (metrics, the page) come after ours and under the same guard. ``chat`` is
+    closed when the application shuts down; ``client`` is its owner's to start and to end.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        chat.close()
+
+    middleware = [Middleware(Guard, settings=settings)]
+    if settings.cors_origins:
+        # Outside the guard: a browser asks for permission without the key.
+        middleware.insert(
+            0,
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("authorization", "content-type", "x-request-id"),
+                expose_headers=("x-request-id", "retry-after"),
+            ),
+        )
+    app = FastAPI(
+        title="eaglerun",
+        version=settings.version,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        middleware=middleware,
+    )
+    install_handlers(app)
+    backend = Backend(client, settings, chat)
+    for router in (_generation(backend), _text(backend), _models(backend), _health(backend)):
+        app.include_router(router)
+    app.router.routes.extend(extra_routes)
+    return app
+
+
+class _JsonRoute(APIRoute):
+    """A route whose body is read by JsonRequest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+def _router() -> APIRouter:
+    return APIRouter(route_class=_JsonRoute, responses=ERRORS)
+
+
+def _answer(model: type) -> Responses:
+    """A 200 that is one object, or server-sent events where the request says stream."""
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {200: {"model": model, "description": "The answer", "content": stream}}
+
+
+def _generation(backend: Backend) -> APIRouter:
+    router = _router()
+
+    @router.post("/v1/chat/completions", responses=_answer(answers.ChatCompletion))
+    async def create_chat_completion(body: ChatCompletionRequest) -> Response:
+        return await chat_completion(backend, body)
+
+    @router.post("/v1/completions", responses=_answer(answers.Completion))
+    async def create_completion(body: CompletionRequest) -> Response:
+        return await completion(backend, body)
+
+    @router.post("/v1/responses", responses=_answer(answers.ResponseObject))
+    async def create_response(body: ResponsesRequest) -> Response:
+        return await response(backend, body)
+
+    return router
+
+
+def _text(backend: Backend) -> APIRouter:
+    router = _router()
+    chat, settings = backend.chat, backend.settings
+
+    @router.post("/tokenize", response_model_exclude_none=True)
+    async def tokenize(body: TokenizeRequest) -> answers.Tokenized:
+        backend.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise refuse("prompt", "give either a prompt or messages")
+        if body.messages is not None:
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+            values = template_values(body.chat_template_kwargs, settings)
+            prompt = await chat.prompt(
+                body.messages,
+                tools,
+                add_generation_prompt=body.add_generation_prompt,
+                template_kwargs=values,
+            )
+            ids = prompt.token_ids
+        else:
+            [ids] = await chat.encode([body.prompt or ""], body.add_special_tokens is not False)
+        texts = [chat.vocabulary.piece_text(id_) for id_ in ids]
+        return answers.Tokenized(
+            count=len(ids),
+            max_model_len=backend.client.status().max_model_len,
+            tokens=list(ids),
+            token_strs=texts if body.return_token_strs else None,
+        )
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> answers.Detokenized:
+        backend.check_model(body.model)
+        if any(id_ >= chat.vocabulary.size for id_ in body.tokens):
+            raise refuse("tokens", f"ids must be below {chat.vocabulary.size}")
+        text = await chat.decode(tuple(body.tokens), body.skip_special_tokens)
+        return answers.Detokenized(prompt=text)
+
+    return router
+
+
+def _models(backend: Backend) -> APIRouter:
+    router = _router()
+    settings = backend.settings
+
+    def card(name: str) -> answers.ModelCard:
+        length = backend.client.status().max_model_len
+        return answers.ModelCard(id=name, created=settings.created, max_model_len=length)
+
+    @router.get("/v1/models")
+    async def list_models() -> answers.ModelList:
+        return answers.ModelList(data=[card(name) for name in settings.model_names])
+
+    @router.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> answers.ModelCard:
+        backend.check_model(model)
+        return card(model)
+
+    return router
+
+
+def _health(backend: Backend) -> APIRouter:
+    router = _router()
+    client = backend.client
+
+    @router.get("/health", response_class=Response)
+    async def health() -> Response:
+        """200 while the engine's process lives."""
+        if not client.status().alive:
+            raise ApiError(503, "the engine is dead")
+        return Response()
+
+    @router.get("/health/ready", responses={503: {"model": answers.Readiness}})
+    async def ready(response: Response) -> answers.Readiness:
+        """200 while requests would be answered: steps advance, or there is nothing to do."""
+        status = client.status()
+        state: answers.EngineState = "ready"
+        if not status.alive:
+            state = "dead"
+        elif status.hung:
+            state = "hung"
+        elif not status.ready:
+            state = "loading"
+        if state != "ready":
+            response.status_code = 503
+        return answers.Readiness(
+            status=state, num_running=status.num_running, num_waiting=status.num_waiting
+        )
+
+    @router.get("/version")
+    async def version() -> answers.Version:
+        return answers.Version(version=backend.settings.version)
+
+    @router.get("/config", response_class=PlainTextResponse)
+    async def config() -> PlainTextResponse:
+        """The effective configuration, as the TOML file that would make it."""
+        return PlainTextResponse(client.status().config_toml)
+
+    @router.get("/debug/speculation")
+    async def speculation() -> answers.SpeculationTotals:
+        enabled = client.status().num_draft_tokens > 0
+        return answers.SpeculationTotals(**debug_speculation(client.speculation(), enabled))
+
+    return router

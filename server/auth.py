@@ -1,0 +1,191 @@
+"""The guard before every route: request ids, API keys, rate limits, sizes of what is sent.
+
+A plain ASGI middleware, so that a streamed answer passes through it chunk by chunk at the cost of
+one call each.
+"""
+
+import asyncio
+import hmac
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from hashlib import sha256
+
+import orjson
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from eaglerun.server.failures import REQUEST_ID, ApiError, error_response, new_id
+from eaglerun.server.settings import Limits, RateLimit, Settings
+
+# Clients whose buckets are remembered; the one seen longest ago is forgotten first.
+MAX_BUCKETS = 4096
+MAX_NESTING = "eaglerun.max_nesting"
+
+_OUR_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+# A string (to the end of the body where it is not closed), or a bracket.
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
+_CLOSE = {"connection": "close"}
+
+
+class Guard:
+    """Refuses before anything is parsed; what passes carries its request id in the scope.
+
+    The id is the client's X-Request-Id where that is a plain word, else a new one; the answer's
+    header repeats it.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._keys = tuple(_digest(key) for key in settings.api_keys)
+        rate = settings.rate_limit
+        self._buckets = None if rate is None else Buckets(rate, clock)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        id_ = given if _OUR_ID.fullmatch(given) else new_id()
+        scope[REQUEST_ID] = id_
+        scope[MAX_NESTING] = self._settings.limits.max_nesting
+        id_header = (b"x-request-id", id_.encode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), id_header]
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+        except ApiError as error:
+            await error_response(error, id_)(scope, receive, send_with_id)
+            return
+        body = LimitedBody(receive, self._settings.limits)
+        await self._app(scope, body.receive, send_with_id)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        limits = self._settings.limits
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > limits.max_header_bytes:
+            raise ApiError(431, f"the headers exceed {limits.max_header_bytes} bytes")
+        client = self._client(scope, headers)
+        if self._buckets is not None and scope["method"] == "POST":
+            wait = self._buckets.take(client)
+            if wait > 0:
+                raise ApiError(
+                    429,
+                    "too many requests for this key",
+                    code="rate_limit_exceeded",
+                    headers={"retry-after": str(int(wait) + 1)},
+                )
+        length = headers.get("content-length", "")
+        if length.isdecimal() and len(length) < 20 and int(length) > limits.max_body_bytes:
+            raise _too_large(limits)
+
+    def _client(self, scope: Scope, headers: Headers) -> str:
+        """Who asks: the digest of a valid key, or an address. ApiError without a valid key."""
+        address = scope.get("client") or ("",)
+        if not self._keys or scope["path"] in self._settings.open_paths:
+            return str(address[0])
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = _digest(key.strip())
+        # Every key is compared, so that the time taken tells nothing about which one was close.
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                401,
+                "this server wants an API key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return digest.hex()
+
+
+class Buckets:
+    """Token buckets by client: ``burst`` at once, then so many a second."""
+
+    def __init__(self, rate: RateLimit, clock: Callable[[], float]) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, client: str) -> float:
+        """Take one token; else the seconds until there is one."""
+        now = self._clock()
+        tokens, seen = self._buckets.pop(client, (float(self._rate.burst), now))
+        tokens = min(self._rate.burst, tokens + (now - seen) * self._rate.requests_per_second)
+        wait = 0.0 if tokens >= 1 else (1 - tokens) / self._rate.requests_per_second
+        self._buckets[client] = (tokens if wait else tokens - 1, now)
+        if len(self._buckets) > MAX_BUCKETS:
+            self._buckets.popitem(last=False)
+        return wait
+
+
+class LimitedBody:
+    """A request's body as it arrives, up to a size and a time."""
+
+    def __init__(self, receive: Receive, limits: Limits) -> None:
+        self._receive = receive
+        self._limits = limits
+        self._size = 0
+        self._deadline: float | None = None
+        self._complete = False
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self._limits.max_body_seconds
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", headers=_CLOSE) from None
+        if message["type"] == "http.request":
+            self._size += len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._size > self._limits.max_body_bytes:
+                raise _too_large(self._limits)
+        return message
+
+
+class JsonRequest(Request):
+    """A request whose JSON body is parsed by orjson and is not nested too deeply."""
+
+    async def json(self) -> object:
+        body = await self.body()
+        limit = self.scope[MAX_NESTING]
+        if is_nested(body, limit):
+            raise ApiError(400, f"the body is nested deeper than {limit}")
+        return orjson.loads(body)
+
+
+def is_nested(body: bytes, limit: int) -> bool:
+    """Whether brackets and braces, outside strings, stand more than ``limit`` deep."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    depth = 0
+    for match in _BRACKETS.finditer(body):
+        char = match[0][:1]
+        if char in b"[{":
+            depth += 1
+            if depth > limit:
+                return True
+        elif char in b"]}":
+            depth -= 1
+    return False
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(413, f"the body exceeds {limits.max_body_bytes} bytes", headers=_CLOSE)
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode()).digest()

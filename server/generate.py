@@ -1,0 +1,339 @@
+"""From a checked body to a running answer: prompt, sampling parameters, requests, writer."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eaglerun.messages import Request, SamplingParams
+from eaglerun.server.chat import Chat, Forced, Prompt, template_values
+from eaglerun.server.chat_answer import ChatBody, ChatOptions, ChatStream
+from eaglerun.server.client import EngineClient
+from eaglerun.server.completion_answer import (
+    CompletionBody,
+    CompletionOptions,
+    CompletionStream,
+    EchoedPrompt,
+)
+from eaglerun.server.failures import RETRY_AFTER, ApiError, new_id, refuse
+from eaglerun.server.parsers.output import OutputParser
+from eaglerun.server.parsers.schema import JsonSchema
+from eaglerun.server.protocol import (
+    ChatCompletionRequest,
+    ChatFields,
+    CompletionRequest,
+    Generation,
+)
+from eaglerun.server.responses_answer import ResponsesBody, ResponsesStream
+from eaglerun.server.responses_protocol import ResponsesRequest
+from eaglerun.server.settings import Settings
+from eaglerun.server.stream import Answer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What the routes work with."""
+
+    client: EngineClient
+    settings: Settings
+    chat: Chat
+
+    def check_model(self, name: str | None) -> None:
+        """404 for a model that is not served here."""
+        if name is not None and name not in self.settings.model_names:
+            raise ApiError(404, "this server has no model of that name", "model", "model_not_found")
+
+    @property
+    def model(self) -> str:
+        return self.settings.model_names[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request. ``schemas`` None: its output is not searched for calls."""
+
+    for_template: list[dict[str, Any]] | None = None
+    schemas: dict[str, JsonSchema] | None = None
+    forced: Forced | None = None
+
+
+async def chat_completion(backend: Backend, body: ChatCompletionRequest) -> Answer:
+    """POST /v1/chat/completions."""
+    _check(backend, body)
+    functions = [tool.function for tool in body.tools or ()]
+    choice = body.tool_choice
+    named = None if choice is None or isinstance(choice, str) else choice.function.name
+    tools = _tool_use(
+        [function.model_dump(exclude_none=True, exclude={"strict"}) for function in functions],
+        choice if isinstance(choice, str) else None,
+        named,
+        backend.settings.limits.max_tools,
+    )
+    if body.top_logprobs is not None and not body.logprobs:
+        raise refuse("top_logprobs", "needs logprobs to be true")
+    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    max_tokens = body.max_completion_tokens
+    if max_tokens is None:
+        max_tokens = body.max_tokens
+    elif body.max_tokens not in (None, max_tokens):
+        raise refuse("max_tokens", "differs from max_completion_tokens")
+    sampling = body.params(backend.settings, n=_n(body.n), max_tokens=max_tokens, logprobs=num_top)
+    prompt = await backend.chat.prompt(
+        body.messages,
+        tools.for_template,
+        forced=tools.forced,
+        template_kwargs=template_values(
+            body.chat_template_kwargs, backend.settings, body.reasoning_effort
+        ),
+    )
+    options = _chat_options(
+        backend,
+        body,
+        f"chatcmpl-{new_id()}",
+        prompt,
+        tools,
+        sampling,
+        num_top_logprobs=num_top,
+        include_usage=_include_usage(body),
+        trace=body.speculation.tokens,
+    )
+    request = _request(backend, body, options.id, prompt.token_ids, sampling, "messages")
+    writer = ChatStream(options) if body.stream else ChatBody(options)
+    return Answer(backend.client, [request], writer, "messages")
+
+
+async def response(backend: Backend, body: ResponsesRequest) -> Answer:
+    """POST /v1/responses."""
+    _check(backend, body)
+    if body.speculation.tokens:
+        raise refuse("speculation.tokens", "is there for chat and completions only")
+    choice = body.tool_choice
+    tools = _tool_use(
+        [
+            tool.model_dump(exclude_none=True, exclude={"strict", "type"})
+            for tool in body.tools or ()
+        ],
+        choice if isinstance(choice, str) else None,
+        None if choice is None or isinstance(choice, str) else choice.name,
+        backend.settings.limits.max_tools,
+    )
+    sampling = body.params(backend.settings, n=1, max_tokens=body.max_output_tokens, logprobs=None)
+    prompt = await backend.chat.prompt(
+        body.messages(),
+        tools.for_template,
+        forced=tools.forced,
+        template_kwargs=template_values(body.chat_template_kwargs, backend.settings, body.effort),
+    )
+    options = _chat_options(backend, body, f"resp_{new_id()}", prompt, tools, sampling)
+    request = _request(backend, body, options.id, prompt.token_ids, sampling, "input")
+    echo = _response_echo(body, sampling)
+    writer = ResponsesStream(options, echo) if body.stream else ResponsesBody(options, echo)
+    return Answer(backend.client, [request], writer, "input")
+
+
+async def completion(backend: Backend, body: CompletionRequest) -> Answer:
+    """POST /v1/completions: every prompt is a request of its own."""
+    _check(backend, body)
+    if len(body.prompts) > backend.settings.limits.max_prompts:
+        allowed = backend.settings.limits.max_prompts
+        raise refuse("prompt", f"{len(body.prompts)} prompts, allowed {allowed}")
+    if body.stream and body.echo and body.logprobs is not None:
+        raise refuse("echo", "with logprobs cannot be streamed")
+    sampling = body.params(
+        backend.settings, n=_n(body.n), max_tokens=body.max_tokens, logprobs=body.logprobs
+    )
+    if body.echo and body.logprobs is not None:
+        sampling = _with_prompt_logprobs(sampling)
+    prompts = await _tokenised(backend, body)
+    id_ = f"cmpl-{new_id()}"
+    options = CompletionOptions(
+        id=id_,
+        created=int(time.time()),
+        model=backend.model,
+        prompts={
+            f"{id_}-{i}": EchoedPrompt(i * sampling.n, text, ids)
+            for i, (text, ids) in enumerate(prompts)
+        },
+        n=sampling.n,
+        vocabulary=backend.chat.vocabulary,
+        num_draft_tokens=_num_draft_tokens(backend, sampling),
+        echo=bool(body.echo),
+        logprobs=body.logprobs,
+        include_usage=_include_usage(body),
+        report=body.speculation.report,
+        trace=body.speculation.tokens,
+    )
+    requests = [
+        _request(backend, body, request_id, prompt.token_ids, sampling, "prompt")
+        for request_id, prompt in options.prompts.items()
+    ]
+    writer = CompletionStream(options) if body.stream else CompletionBody(options)
+    return Answer(backend.client, requests, writer, "prompt")
+
+
+def _check(backend: Backend, body: Generation) -> None:
+    """What can be refused before any work."""
+    backend.check_model(body.model)
+    status = backend.client.status()
+    if not status.ready:
+        raise ApiError(503, "the model is not ready", headers=RETRY_AFTER)
+    wish, most = body.speculation.num_draft_tokens, status.num_draft_tokens
+    if wish is not None and wish > most:
+        raise refuse("speculation.num_draft_tokens", f"{wish} given, this server drafts {most}")
+
+
+def _request(
+    backend: Backend,
+    body: Generation,
+    id_: str,
+    token_ids: tuple[int, ...],
+    sampling: SamplingParams,
+    prompt_field: str,
+) -> Request:
+    """The engine's request. A prompt and answer that cannot fit are refused here."""
+    limit = backend.client.status().max_model_len
+    wanted = len(token_ids) + (sampling.max_tokens or 1)
+    if wanted > limit:
+        raise refuse(
+            prompt_field,
+            f"{len(token_ids)} tokens and an answer of up to {sampling.max_tokens or 1} exceed "
+            f"the model's length of {limit}",
+            "context_length_exceeded",
+        )
+    if backend.settings.log_prompts:
+        text = backend.chat.vocabulary.decode(token_ids, skip_special_tokens=False)
+        log.info("%s: user %r, prompt %r, %s", id_, body.user, text, sampling)
+    else:
+        log.debug("%s: user %r, %d prompt tokens", id_, body.user, len(token_ids))
+    return Request(id_, token_ids, sampling, body.priority, body.cache_salt)
+
+
+def _tool_use(
+    functions: Sequence[dict[str, Any]],
+    choice: Literal["none", "auto", "required"] | None,
+    named: str | None,
+    max_tools: int,
+) -> ToolUse:
+    """Tools as the template, the parser and a forced call need them."""
+    if len(functions) > max_tools:
+        raise refuse("tools", f"{len(functions)} given, allowed {max_tools}")
+    names = [function["name"] for function in functions]
+    if len(set(names)) < len(names):
+        raise refuse("tools", "two have the same name")
+    if not functions:
+        if named is not None or choice == "required":
+            raise refuse("tool_choice", "needs tools")
+        return ToolUse()
+    if named is not None and named not in names:
+        raise refuse("tool_choice", "names no function of tools")
+    if choice == "none":
+        return ToolUse()
+    return ToolUse(
+        for_template=[{"type": "function", "function": function} for function in functions],
+        schemas={function["name"]: function.get("parameters", {}) for function in functions},
+        forced=Forced(named) if named is not None or choice == "required" else None,
+    )
+
+
+def _chat_options(
+    backend: Backend,
+    body: ChatFields,
+    id_: str,
+    prompt: Prompt,
+    tools: ToolUse,
+    sampling: SamplingParams,
+    *,
+    num_top_logprobs: int | None = None,
+    include_usage: bool = False,
+    trace: bool = False,
+) -> ChatOptions:
+    max_calls = 1 if body.parallel_tool_calls is False else None
+
+    def new_parser() -> OutputParser:
+        return OutputParser(
+            starts_in_reasoning=prompt.starts_in_reasoning,
+            tools=tools.schemas,
+            max_calls=max_calls,
+            forced=prompt.forced,
+        )
+
+    return ChatOptions(
+        id=id_,
+        created=int(time.time()),
+        model=backend.model,
+        n=sampling.n,
+        new_parser=new_parser,
+        vocabulary=backend.chat.vocabulary,
+        num_draft_tokens=_num_draft_tokens(backend, sampling),
+        num_top_logprobs=num_top_logprobs,
+        include_usage=include_usage,
+        include_reasoning=body.include_reasoning,
+        report=body.speculation.report,
+        trace=trace,
+    )
+
+
+def _num_draft_tokens(backend: Backend, sampling: SamplingParams) -> int:
+    most = backend.client.status().num_draft_tokens
+    return most if sampling.num_draft_tokens is None else sampling.num_draft_tokens
+
+
+async def _tokenised(
+    backend: Backend, body: CompletionRequest
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Text and ids of every prompt; of prompts given as ids the text only if it is echoed."""
+    chat, limit = backend.chat, backend.client.status().max_model_len
+    texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+    if texts:
+        ids = await chat.encode(texts, body.add_special_tokens)
+        return list(zip(texts, ids, strict=True))
+    found = []
+    for prompt in body.prompts:
+        assert not isinstance(prompt, str)
+        if any(id_ >= chat.vocabulary.size for id_ in prompt[:limit]):
+            raise refuse("prompt", f"token ids must be below {chat.vocabulary.size}")
+        text = await chat.decode(prompt[:limit], True) if body.echo else ""
+        found.append((text, prompt))
+    return found
+
+
+def _with_prompt_logprobs(sampling: SamplingParams) -> SamplingParams:
+    values = {name: getattr(sampling, name) for name in SamplingParams.__dataclass_fields__}
+    return SamplingParams(**(values | {"prompt_logprobs": sampling.logprobs}))
+
+
+def _include_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:
+    if body.stream_options is None:
+        return False
+    if not body.stream:
+        raise refuse("stream_options", "needs stream to be true")
+    return bool(body.stream_options.include_usage)
+
+
+def _n(n: int | None) -> int:
+    return 1 if n is None else n
+
+
+def _response_echo(body: ResponsesRequest, sampling: SamplingParams) -> Mapping[str, Any]:
+    """The fields of a response object that repeat the request."""
+    dumped = body.model_dump(mode="json", include={"tools", "tool_choice", "metadata"})
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": dumped["metadata"] or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "reasoning": {"effort": body.effort, "summary": None},
+        "store": False,
+        "temperature": sampling.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": dumped["tool_choice"] or "auto",
+        "tools": dumped["tools"] or [],
+        "top_p": sampling.top_p,
+        "truncation": "disabled",
+        "background": False,
+        "user": body.user,
+    }

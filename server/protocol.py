@@ -1,0 +1,470 @@
+"""What clients may send to the chat, completion and token routes, checked field by field.
+
+A field that this server does not honour is refused by name. Ranges of sampling parameters are
+those of eaglerun.messages.SamplingParams, which checks them.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from eaglerun.messages import MAX_DRAFT_TOKENS, SamplingParams
+from eaglerun.server.failures import nearest, refuse
+from eaglerun.server.settings import Settings
+
+_INT32 = 2**31 - 1
+
+Int = Annotated[int, Field(strict=True, ge=-_INT32, le=_INT32)]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]
+Float = Annotated[float, Field(strict=True)]
+Bool = Annotated[bool, Field(strict=True)]
+TokenIds = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(fail_fast=True)]
+# Fields of OpenAI's API that this server does not have: null is all they may be.
+Absent = Annotated[None, BeforeValidator(lambda value: _absent(value))]
+
+
+def unsupported(message: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported", "{message}", {"message": message})
+
+
+def _absent(value: object) -> None:
+    if value is not None:
+        raise unsupported("is not supported by this server")
+
+
+class Strict(BaseModel):
+    """A JSON object without unknown members."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: object) -> object:
+        # One error for all unknown members, where pydantic would make one for each.
+        if isinstance(values, Mapping):
+            unknown = [name for name in values if name not in cls.model_fields]
+            if unknown:
+                name = str(unknown[0])[:64]
+                raise PydanticCustomError(
+                    "unsupported",
+                    "is not a field of this API{hint}",
+                    {"field": name, "hint": nearest(name, cls.model_fields)},
+                )
+        return values
+
+
+class Speculation(Strict):
+    """Speculation for one request.
+
+    num_draft_tokens  at most so many drafts a step; 0 turns it off; null: as the engine does
+    report            put metrics.speculative_decoding in the answer
+    tokens            say of every token whether it was an accepted draft
+    """
+
+    num_draft_tokens: Annotated[int, Field(strict=True, ge=0, le=MAX_DRAFT_TOKENS)] | None = None
+    report: Bool = False
+    tokens: Bool = False
+
+
+class StreamOptions(Strict):
+    include_usage: Bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+def _stop_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(fail_fast=True),
+    BeforeValidator(_stop_list),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}},
+            ]
+        }
+    ),
+]
+
+
+def _bias(value: object) -> object:
+    """Token ids as JSON must write them, strings, back to integers."""
+    if not isinstance(value, Mapping):
+        return value
+    ids = [int(key) if str(key).isdecimal() and len(str(key)) < 10 else None for key in value]
+    if None in ids:
+        raise unsupported("keys should be token ids")
+    return dict(zip(ids, value.values(), strict=True))
+
+
+LogitBias = Annotated[
+    dict[int, Float],
+    BeforeValidator(_bias),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "additionalProperties": {"type": "number"},
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        }
+    ),
+]
+
+
+class Generation(Strict):
+    """What all routes that generate have in common."""
+
+    model: str | None = None
+    stream: Bool | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    top_k: Int | None = None
+    min_p: Float | None = None
+    repetition_penalty: Float | None = None
+    presence_penalty: Float | None = None
+    frequency_penalty: Float | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: Bool = False
+    min_tokens: Int | None = None
+    ignore_eos: Bool = False
+    skip_special_tokens: Bool = True
+    logit_bias: LogitBias | None = None
+    priority: Int = 0
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
+    speculation: Speculation = Speculation()
+    user: str | None = None
+
+    def params(
+        self, settings: Settings, *, n: int, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """Sampling parameters, with the checkpoint's own where the request has none.
+
+        Raises RequestError and ApiError, which name the field.
+        """
+        limits, defaults = settings.limits, settings.sampling
+        stop = tuple(self.stop or ())
+        if len(stop) > limits.max_stop:
+            raise refuse("stop", f"{len(stop)} given, allowed {limits.max_stop}")
+        if any(len(text) > limits.max_stop_chars for text in stop):
+            raise refuse("stop", f"longer than {limits.max_stop_chars} characters")
+        if n > limits.max_n:
+            raise refuse("n", f"{n} given, allowed {limits.max_n}")
+
+        return SamplingParams(
+            temperature=_given(self.temperature, defaults.temperature),
+            top_p=_given(self.top_p, defaults.top_p),
+            top_k=_given(self.top_k, defaults.top_k),
+            min_p=_given(self.min_p, defaults.min_p),
+            repetition_penalty=_given(self.repetition_penalty, defaults.repetition_penalty),
+            presence_penalty=_given(self.presence_penalty, 0.0),
+            frequency_penalty=_given(self.frequency_penalty, 0.0),
+            logit_bias=self.logit_bias or {},
+            seed=self.seed,
+            max_tokens=max_tokens,
+            min_tokens=_given(self.min_tokens, 0),
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+            n=n,
+            logprobs=logprobs,
+            num_draft_tokens=self.speculation.num_draft_tokens,
+        )
+
+
+_T = TypeVar("_T")
+
+
+def _given(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
+
+
+def _prompts(value: object) -> object:
+    """One prompt or several, as text or token ids, as a tuple of prompts."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not value:
+        raise unsupported("should be a string, a list of strings, token ids, or lists of those")
+    if all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if _is_ids(value):
+        return (tuple(value),)
+    if all(isinstance(item, list) and _is_ids(item) for item in value):
+        return tuple(tuple(item) for item in value)
+    raise unsupported("should be a string, a list of strings, token ids, or lists of those")
+
+
+def _is_ids(value: list[object]) -> bool:
+    return all(type(item) is int and 0 <= item <= _INT32 for item in value)
+
+
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _INT32}}
+Prompts = Annotated[
+    Any,
+    BeforeValidator(_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                _IDS_SCHEMA | {"minItems": 1},
+                {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+    max_tokens: Int | None = 16
+    n: Int | None = None
+    echo: Bool | None = None
+    logprobs: Int | None = None
+    stream_options: StreamOptions | None = None
+    add_special_tokens: Bool = True
+    best_of: Absent = None
+    suffix: Absent = None
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        prompts: tuple[str | tuple[int, ...], ...] = self.prompt
+        return prompts
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: a prompt, or the messages that the chat template turns into one."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: "list[Message] | None" = Field(default=None, min_length=1, fail_fast=True)
+    tools: "list[Tool] | None" = Field(default=None, fail_fast=True)
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: Bool = True
+    add_special_tokens: Bool | None = None
+    return_token_strs: Bool = False
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds
+    skip_special_tokens: Bool = False
+
+
+# Chat
+
+_TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
+
+
+def _parts(value: object) -> object:
+    """Text parts joined. Anything but text is refused before its content is looked at."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in _TEXT_PARTS:
+            if isinstance(kind, str) and kind.isidentifier() and len(kind) < 32:
+                raise unsupported(f"parts of type {kind} are not supported, only text")
+            raise unsupported("should be text, or a list of parts of type text")
+        text = part.get("text")
+        extra = [name for name in part if name not in ("type", "text", "annotations", "logprobs")]
+        if not isinstance(text, str) or extra:
+            raise unsupported("a part of type text has a text and nothing else")
+        texts.append(text)
+    return "".join(texts)
+
+
+TextContent = Annotated[
+    str,
+    BeforeValidator(_parts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {
+                            "type": {"enum": list(_TEXT_PARTS)},
+                            "text": {"type": "string"},
+                        },
+                        "required": ["type", "text"],
+                    },
+                },
+            ]
+        }
+    ),
+]
+
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+
+
+class CalledFunction(Strict):
+    name: ToolName
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call in an earlier answer; ``arguments`` is a JSON object as text."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: Int | None = None
+
+
+class Message(Strict):
+    """One turn. ``root`` is MiniMax-M3's role above the developer's."""
+
+    role: Literal["root", "system", "developer", "user", "assistant", "tool"]
+    content: TextContent | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    refusal: Absent = None
+    audio: Absent = None
+    function_call: Absent = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> "Message":
+        answers = self.role == "assistant"
+        if self.content is None and not (answers and (self.tool_calls or self.reasoning_content)):
+            raise _in_field("content", "is required")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise _in_field("tool_call_id", "is required in a message of role tool")
+        answers_only = {
+            "tool_calls": self.tool_calls,
+            "reasoning_content": self.reasoning_content,
+        }
+        for name, value in answers_only.items():
+            if value is not None and not answers:
+                raise _in_field(name, "belongs to messages of role assistant")
+        return self
+
+
+def _in_field(name: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported", "{message}", {"field": name, "message": message})
+
+
+def _not_strict(value: object) -> object:
+    if value is True:
+        raise unsupported("true needs structured output, which this server does not have yet")
+    return value
+
+
+NotStrict = Annotated[
+    Bool, BeforeValidator(_not_strict), WithJsonSchema({"type": "boolean", "const": False})
+]
+
+
+class Function(Strict):
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: NotStrict | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: ToolName
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _only_text(value: object) -> object:
+    if isinstance(value, Mapping) and value.get("type") in ("json_object", "json_schema"):
+        raise unsupported("only text is supported: this server has no structured output yet")
+    return value
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+ResponseFormat = Annotated[TextFormat, BeforeValidator(_only_text)]
+
+
+def _effort(value: object) -> object:
+    if isinstance(value, str) and value != "none":
+        raise unsupported(
+            "none turns thinking off; MiniMax-M3 has no degrees of it, only the modes of "
+            "chat_template_kwargs.thinking_mode"
+        )
+    return value
+
+
+NoEffort = Annotated[Literal["none"], BeforeValidator(_effort), WithJsonSchema({"const": "none"})]
+
+
+def _choice(value: object) -> object:
+    if isinstance(value, str) and value not in ("none", "auto", "required"):
+        raise unsupported("should be none, auto, required or the name of a function, as an object")
+    return value
+
+
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_choice)]
+
+
+class ChatFields(Generation):
+    """What /v1/chat/completions and /v1/responses share beyond sampling."""
+
+    parallel_tool_calls: Bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: Bool = True
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Absent = None
+    prompt_cache_key: Absent = None
+
+
+class ChatCompletionRequest(ChatFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
+    n: Int | None = None
+    logprobs: Bool | None = None
+    top_logprobs: Int | None = None
+    stream_options: StreamOptions | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: NoEffort | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    metadata: Absent = None
+    prediction: Absent = None
+    audio: Absent = None
+    functions: Absent = None
+    function_call: Absent = None
+    verbosity: Absent = None
+    web_search_options: Absent = None

@@ -1,0 +1,164 @@
+"""What clients may send to /v1/responses, and the conversation it means."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from eaglerun.server.failures import refuse
+from eaglerun.server.protocol import (
+    Absent,
+    CalledFunction,
+    ChatFields,
+    Int,
+    Message,
+    NoEffort,
+    NotStrict,
+    ResponseFormat,
+    Strict,
+    TextContent,
+    ToolCall,
+    ToolName,
+    unsupported,
+)
+
+
+class InputItem(Strict):
+    """One item of the input: a message, an earlier call, its output, or earlier reasoning."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    role: Literal["root", "system", "developer", "user", "assistant"] | None = None
+    content: TextContent | None = None
+    call_id: str | None = None
+    name: ToolName | None = None
+    arguments: str | None = None
+    output: TextContent | None = None
+    summary: TextContent | None = None
+    encrypted_content: Absent = None
+    # Of items that come back as this server wrote them; they change nothing.
+    id: str | None = None
+    status: str | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> "InputItem":
+        needed: dict[str, dict[str, object]] = {
+            "message": {"role": self.role, "content": self.content},
+            "function_call": {
+                "call_id": self.call_id,
+                "name": self.name,
+                "arguments": self.arguments,
+            },
+            "function_call_output": {"call_id": self.call_id, "output": self.output},
+            "reasoning": {},
+        }
+        for name, value in needed[self.type].items():
+            if value is None:
+                raise unsupported(f"an item of type {self.type} needs {name}")
+        return self
+
+
+class FunctionTool(Strict):
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: NotStrict | None = None
+
+
+class NamedFunctionTool(Strict):
+    type: Literal["function"]
+    name: ToolName
+
+
+class TextOptions(Strict):
+    format: ResponseFormat | None = None
+    verbosity: Absent = None
+
+
+class ReasoningOptions(Strict):
+    effort: NoEffort | None = None
+    summary: Absent = None
+    generate_summary: Absent = None
+
+
+class ResponseStreamOptions(Strict):
+    include_obfuscation: Literal[False] | None = None
+
+
+def _items(value: object) -> object:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+Input = Annotated[
+    list[InputItem],
+    Field(min_length=1, fail_fast=True),
+    BeforeValidator(_items),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "minItems": 1, "items": {"type": "object"}},
+            ]
+        }
+    ),
+]
+
+
+class ResponsesRequest(ChatFields):
+    """POST /v1/responses. Nothing is stored, so nothing earlier can be referred to."""
+
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: Int | None = None
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    metadata: dict[str, str] | None = None
+    stream_options: ResponseStreamOptions | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Annotated[list[str], Field(max_length=0)] | None = None
+    background: Literal[False] | None = None
+    previous_response_id: Absent = None
+    conversation: Absent = None
+    prompt: Absent = None
+    max_tool_calls: Absent = None
+    top_logprobs: Absent = None
+
+    @property
+    def effort(self) -> str | None:
+        return None if self.reasoning is None else self.reasoning.effort
+
+    def messages(self) -> list[Message]:
+        """The conversation. Calls and reasoning join the assistant's turn they belong to."""
+        turns: list[dict[str, Any]] = []
+        if self.instructions is not None:
+            turns.append({"role": "developer", "content": self.instructions})
+        reasoning = ""
+        for i, item in enumerate(self.input):
+            if item.type == "reasoning":
+                reasoning += item.content or item.summary or ""
+            elif item.type == "function_call" or item.role == "assistant":
+                _add_to_assistant(turns, item, reasoning)
+                reasoning = ""
+            elif reasoning:
+                raise refuse(f"input[{i}]", "after reasoning comes an item of the assistant")
+            elif item.type == "function_call_output":
+                turn = {"role": "tool", "content": item.output, "tool_call_id": item.call_id}
+                turns.append(turn)
+            else:
+                turns.append({"role": item.role, "content": item.content})
+        if reasoning:
+            raise refuse("input", "ends with reasoning")
+        return [Message.model_validate(turn) for turn in turns]
+
+
+def _add_to_assistant(turns: list[dict[str, Any]], item: InputItem, reasoning: str) -> None:
+    """A message begins a turn; a call joins the assistant's turn before it, if there is one."""
+    if item.type == "message" or not turns or turns[-1]["role"] != "assistant":
+        turns.append({"role": "assistant", "content": item.content})
+    turn = turns[-1]
+    if reasoning:
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + reasoning
+    if item.name is not None and item.arguments is not None:
+        function = CalledFunction(name=item.name, arguments=item.arguments)
+        turn.setdefault("tool_calls", []).append(ToolCall(id=item.call_id, function=function))

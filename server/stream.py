@@ -1,0 +1,233 @@
+"""Events of the engine to one HTTP answer: server-sent events as they come, or one JSON body.
+
+What the bytes are is a Writer's business (chat_answer, completion_answer, responses_answer); this
+module runs the requests, watches the client, and ends both sides in every case.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from eaglerun.errors import CapacityError, EngineError, RequestError
+from eaglerun.messages import Event, Failed, Finished, Request, Tokens
+from eaglerun.server.client import EngineClient, Events
+from eaglerun.server.failures import (
+    RETRY_AFTER,
+    ApiError,
+    as_api_error,
+    error_object,
+    request_id,
+)
+
+log = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def sse(value: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+class Writer(Protocol):
+    """Makes the bytes of one answer out of its events; b"" where there is nothing to send yet.
+
+    ``streams``: the bytes are server-sent events; else ``end`` returns the one JSON body.
+    """
+
+    streams: bool
+
+    def tokens(self, event: Tokens) -> bytes: ...
+
+    def finished(self, event: Finished) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+    def failed(self, error: dict[str, Any]) -> bytes:
+        """The end of a stream that broke off; ``error`` is the error body."""
+        ...
+
+
+class Answer(Response):
+    """Runs ``requests``, all of one HTTP request, and answers with what ``writer`` makes of them.
+
+    The status line leaves with the first bytes of the answer, so that a request that fails before
+    them has a status of its own. A client that goes away aborts the requests. ``prompt_field`` is
+    what the route calls the prompt.
+    """
+
+    def __init__(
+        self, client: EngineClient, requests: Sequence[Request], writer: Writer, prompt_field: str
+    ) -> None:
+        super().__init__()
+        self._client = client
+        self._requests = requests
+        self._writer = writer
+        self._prompt_field = prompt_field
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = _Reply(send, self._writer.streams)
+        async with DisconnectWatch(receive) as watch:
+            try:
+                await self._run(reply, watch)
+            except (ApiError, RequestError, CapacityError, EngineError) as error:
+                known = as_api_error(error, self._prompt_field)
+                if not reply.started:
+                    raise known from error
+                id_ = request_id(scope)
+                log.warning("request %s broke off: %s", id_, error)
+                watch.stop()
+                await reply.send(self._writer.failed(error_object(known, id_)), last=True)
+
+    async def _run(self, reply: "_Reply", watch: "DisconnectWatch") -> None:
+        writer = self._writer
+        left = sum(request.sampling.n for request in self._requests)
+        events = await self._submit()
+        try:
+            async for event in events:
+                chunk = self._bytes(event)
+                left -= type(event) is Finished
+                for more in events.take_ready():
+                    chunk += self._bytes(more)
+                    left -= type(more) is Finished
+                if not left:
+                    watch.stop()
+                    await reply.send(chunk + writer.end(), last=True)
+                    return
+                if chunk:
+                    await reply.send(chunk, last=False)
+        finally:
+            await events.aclose()
+        raise EngineError("the engine's events ended before the request did")
+
+    def _bytes(self, event: Event) -> bytes:
+        if type(event) is Tokens:
+            return self._writer.tokens(event)
+        if type(event) is Finished:
+            return self._writer.finished(event)
+        assert type(event) is Failed
+        raise ApiError(503, event.message, headers=RETRY_AFTER)
+
+    async def _submit(self) -> Events:
+        if len(self._requests) == 1:
+            return await self._client.submit(self._requests[0])
+        opened: list[Events] = []
+        try:
+            for request in self._requests:
+                opened.append(await self._client.submit(request))
+        except BaseException:
+            for events in opened:
+                await events.aclose()
+            raise
+        return Merged(opened)
+
+
+class _Reply:
+    """The answer's side of the connection."""
+
+    def __init__(self, send: Send, streams: bool) -> None:
+        self._send = send
+        self._streams = streams
+        self.started = False
+
+    async def send(self, chunk: bytes, last: bool) -> None:
+        if not self.started:
+            self.started = True
+            headers = _STREAM_HEADERS
+            if not self._streams:
+                headers = [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", b"%d" % len(chunk)),
+                ]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": not last})
+
+
+class DisconnectWatch:
+    """Cancels the body of its ``async with`` when the client goes away, and then goes on after it.
+
+    The request's body must have been read. ``stop`` comes before the last bytes are sent: servers
+    also call a completed answer a disconnect.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+
+    async def __aenter__(self) -> "DisconnectWatch":
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        self.stop()
+        return self._gone and kind is asyncio.CancelledError and self._task.uncancel() == 0
+
+    def stop(self) -> None:
+        self._watcher.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._task.cancel()
+
+
+class Merged:
+    """The events of several requests as they come. ``aclose`` aborts all that are open."""
+
+    def __init__(self, several: Sequence[Events]) -> None:
+        self._several = several
+        self._arrived: asyncio.Queue[Event | CapacityError | EngineError] = asyncio.Queue()
+        self._tasks = [asyncio.create_task(self._pump(events)) for events in several]
+
+    def __aiter__(self) -> "Merged":
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await self._arrived.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def take_ready(self) -> list[Event]:
+        ready: list[Event] = []
+        while not self._arrived.empty():
+            event = self._arrived.get_nowait()
+            if isinstance(event, Exception):
+                raise event
+            ready.append(event)
+        return ready
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for events in self._several:
+            await events.aclose()
+
+    async def _pump(self, events: Events) -> None:
+        try:
+            async for event in events:
+                self._arrived.put_nowait(event)
+        except (CapacityError, EngineError) as error:
+            self._arrived.put_nowait(error)
