@@ -183,8 +183,8 @@ def to_text(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table; gain is out tok/s over the plain row of the concurrency."""
     plain = {r.concurrency: r.out_tok_s for r in rows if r.num_draft_tokens == 0}
     lines = [
-        "| conc | K | step ms | target | draft | host | TTFT ms | TPOT ms | out tok/s | gain | AL | "
-        "experts | floor ms | share |",
+        "| conc | K | step ms | target | draft | host | TTFT ms | TPOT ms | out tok/s | gain | AL "
+        "| experts | floor ms | share |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in rows:
