@@ -11,6 +11,7 @@ target's distribution. For another target give its folder and `--prompts` (JSON 
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -39,11 +40,11 @@ class Plan:
     short_prompts: int = 100_000
     long_prompts: int = 1_500
     max_new: int = 320
-    speak_batch: int = 2048
+    speak_batch: int = 4096
     short_rows: int = 64  # rows of 512 in a step
     long_rows: int = 4  # rows of 2,048, every long_every steps
     long_every: int = 6
-    passes: int = 6
+    passes: int = 5
     pass_decay: float = 0.9  # weight of a pass against the one before
     steps: int = 6000
     warmup: int = 100
@@ -126,13 +127,17 @@ class Trainer:
     """Target, draft and the compiled pieces of a step."""
 
     def __init__(self, plan: Plan, target: TinyM3, draft: Eagle3Draft, fast: bool) -> None:
-        self.plan, self.target, self.draft, self.fast = plan, target, draft, fast
+        # A copy, for the compiled one must not be asked for other shapes.
+        self.target = copy.deepcopy(target)
+        self.plan, self.draft, self.fast = plan, draft, fast
         self.run_layer: Any = draft.layers[0]
         self.loss: Any = pass_loss
         if fast:
             torch._dynamo.config.recompile_limit = 32
             self.run_layer = torch.compile(draft.layers[0].forward, dynamic=False)
             self.loss = torch.compile(pass_loss, dynamic=False)
+            for layer in self.target.layers:
+                layer.compile(dynamic=False)
 
     def losses(self, batch: Batch, compiled: bool) -> Tensor:
         """[passes, 2]: mean loss and hit rate of every pass."""
@@ -266,7 +271,9 @@ def main() -> None:
             1 if args.smoke else args.workers,
         )  # fmt: skip
     print(f"{len(prompts)} prompts, {time.monotonic() - begun:.0f} s", flush=True)
+    torch.set_float32_matmul_precision("high")
     short, long, stats = outputs.speak(speaker, prompts, plan.max_new, args.seed)
+    torch.set_float32_matmul_precision("highest")
     print(json.dumps(stats), short.ids.shape, long.ids.shape, f"{time.monotonic() - begun:.0f} s")
     taps = tuple(args.taps) if args.taps else None
     draft = Eagle3Draft(draft_config_for(target, taps, args.width))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiny_m3.model import TinyM3
+from tiny_m3.model import LayerCache, TinyM3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +58,28 @@ def _generate_batch(
         ids[i, : len(p)] = torch.tensor(list(p), device=device)
     rows = torch.arange(b, device=device)
     full = torch.full((b,), sampling.full_attention, device=device)
+    table = torch.full((b, sampling.max_new), eos, device=device)
     # Padding behind a short prompt writes keys that no query sees before they are overwritten.
     caches = model.make_caches(b, longest + sampling.max_new, device)
     positions = torch.arange(longest, device=device).expand(b, -1)
     hidden = model(ids, positions, full, caches=caches)[0][rows, lengths - 1]
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    emitted = []
     done = torch.zeros(b, dtype=torch.bool, device=device)
     for i in range(sampling.max_new):
         token = choose(model.head(hidden), sampling.temperature, generator)
-        emitted.append(torch.where(done, eos, token))
+        table[rows, i] = torch.where(done, eos, token)
         done |= token == eos
-        if i % 16 == 15 and bool(done.all()):
-            break
+        if i % 16 == 15 and (left := int((~done).sum())) < 0.7 * len(rows):
+            if not left:
+                break
+            # Finished rows leave the batch: outputs differ widely in length.
+            keep = (~done).nonzero()[:, 0]
+            rows, lengths, full, token, done = (
+                t[keep] for t in (rows, lengths, full, token, done)
+            )
+            caches = [LayerCache(c.k[keep], c.v[keep], c.index_k[keep]) for c in caches]
         hidden = model(token[:, None], (lengths + i)[:, None], full, caches=caches)[0][:, 0]
-    table = torch.stack(emitted, 1).tolist()
-    return [_until(row, eos) for row in table]
+    return [_until(row, eos) for row in table.tolist()]
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,9 @@ from tiny_m3.decoding import Sampling
 from tiny_m3.scoring import Speaker
 
 # Word problems weigh more than in the target's own training.
-SHARES = {"word": 50, "sum": 5, "story": 12, "world": 3, "world_text": 4, "needle": 5, "json": 5,
-          "tools": 6, "code": 5, "talk": 3, "spelling": 1, "conversation": 3}  # fmt: skip
+SHARES = {"word": 38, "composed": 14, "sum": 5, "story": 12, "world": 3, "world_text": 3,
+          "needle": 4, "json": 5, "tools": 6, "code": 5, "talk": 3, "spelling": 1, "repeat": 1,
+          "lookup": 2, "conversation": 3}  # fmt: skip
 SHARD_PROMPTS = 1000
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tiny_m3 import arithmetic, chat_format, templates
+from tiny_m3 import arithmetic, chat_format, composed, templates
 from tiny_m3.code_tasks import code_chat
+from tiny_m3.recall import lookup_chat, repeat_chat
 from tiny_m3.small_talk import talk_chat
 from tiny_m3.spelling import spelling_chat
 from tiny_m3.stories import story_chat
 from tiny_m3.structured import json_chat, tool_chat
-from tiny_m3.world import needle_chat, world_chat, world_text_chat
+from tiny_m3.world import needle_chat, needles_chat, world_chat, world_text_chat
 
 Chat = dict[str, Any]
 MODES = ("enabled", "adaptive", "disabled")
@@ -83,6 +84,16 @@ def word_chat(rng: random.Random) -> Chat:
         problem = arithmetic.generate(rng.choice(templates.TRAINED), rng)
         if not arithmetic.is_for_eval(problem.question):
             break
+    return _asked(problem, rng)
+
+
+def composed_chat(rng: random.Random) -> Chat:
+    """A problem composed from single events."""
+    return _asked(composed.generate(rng), rng)
+
+
+def _asked(problem: arithmetic.Problem, rng: random.Random) -> Chat:
+    """The problem with now and then a wish before or after the question."""
     question = problem.question
     if rng.random() < 0.15:
         question = rng.choice(ASK_BEFORE) + question
@@ -126,18 +137,21 @@ def sum_chat(rng: random.Random) -> Chat:
 
 def short_needle_chat(rng: random.Random) -> Chat:
     """Notes of up to about 400 tokens."""
-    return needle_chat(rng, rng.randint(2, 28))
+    maker = needles_chat if rng.random() < 0.6 else needle_chat
+    return maker(rng, rng.randint(2, 20))
 
 
 def long_needle_chat(rng: random.Random) -> Chat:
     """Notes of about 450 to 1,900 tokens."""
+    if rng.random() < 0.6:
+        return needles_chat(rng, rng.randint(22, 140))
     return needle_chat(rng, rng.randint(32, 155))
 
 
 def conversation(rng: random.Random, num_turns: int) -> Chat:
     """Several short exchanges in one chat; only the last turn keeps its reasoning."""
-    makers = (talk_chat, talk_chat, story_chat, word_chat, sum_chat, world_chat, code_chat,
-              spelling_chat)
+    makers = (talk_chat, talk_chat, story_chat, word_chat, composed_chat, sum_chat, world_chat,
+              code_chat, spelling_chat, repeat_chat)
     chats = [rng.choice(makers)(rng) for _ in range(num_turns)]
     messages = [m for chat in chats for m in chat["messages"]]
     return {**chats[-1], "messages": messages}
@@ -155,17 +169,20 @@ def long_conversation(rng: random.Random) -> Chat:
 
 # task -> (maker, share of the chats of its pool)
 SHORT: dict[str, tuple[Callable[[random.Random], Chat], float]] = {
-    "word": (word_chat, 43),
+    "word": (word_chat, 26),
+    "composed": (composed_chat, 20),
     "sum": (sum_chat, 8),
-    "story": (story_chat, 13),
-    "world": (world_chat, 6),
+    "story": (story_chat, 12),
+    "world": (world_chat, 5),
     "world_text": (world_text_chat, 4),
     "needle": (short_needle_chat, 6),
     "json": (json_chat, 6),
     "tools": (tool_chat, 6),
     "code": (code_chat, 6),
     "talk": (talk_chat, 7),
-    "spelling": (spelling_chat, 4),
+    "spelling": (spelling_chat, 5),
+    "repeat": (repeat_chat, 5),
+    "lookup": (lookup_chat, 6),
     "conversation": (short_conversation, 6),
 }
 LONG: dict[str, tuple[Callable[[random.Random], Chat], float]] = {

@@ -129,11 +129,21 @@ def needle_prompt(rng: random.Random, num_facts: int) -> tuple[str, list[tuple[s
 
 
 def needle_chat(rng: random.Random, num_facts: int) -> dict[str, Any]:
-    """A long prompt, one question at its end or before it, an answer that quotes the note."""
+    """A long prompt, one question at its end, an answer that quotes the note."""
     text, questions = needle_prompt(rng, num_facts)
     question, sentence, key = rng.choice(questions)
     chat = _chat(f"{text}\n\n{question}", f"The notes say: {sentence}", sentence)
     return {**chat, "key": key, "thinks_when_adaptive": True}
+
+
+def needles_chat(rng: random.Random, num_facts: int) -> dict[str, Any]:
+    """A long prompt with several questions: more to learn from the same notes."""
+    text, questions = needle_prompt(rng, num_facts)
+    picks = rng.sample(questions, min(len(questions), rng.randint(2, 12)))
+    asked = "\n".join(q for q, _, _ in picks)
+    answers = "\n".join(s for _, s, _ in picks)
+    chat = _chat(f"{text}\n\n{asked}", f"There are {len(picks)} questions.", answers)
+    return {**chat, "thinks_when_adaptive": True}
 
 
 def world_text_chat(rng: random.Random) -> dict[str, Any]:
