@@ -255,8 +255,23 @@ def test_any_schedule(make_pair: "functools.partial[Pair]", which: int, seed: in
     assert drive.check() > 30
 
 
-def test_long_runs_are_accepted(make_pair: "functools.partial[Pair]") -> None:
-    """Proposals after every number of accepted drafts, from none to all."""
+@pytest.mark.parametrize(("length", "lag"), [(1.5, 1), (3.5, 0), (6.5, 1), (9.0, 0)])
+def test_long_runs_of_wild_drafts(
+    make_pair: "functools.partial[Pair]", length: float, lag: int
+) -> None:
+    """Synthetic acceptance makes text of drafts that hang on every cell: after runs of none, one
+    ... eight accepted ones, the next proposal starts at the right row."""
+    drive = Drive(make_pair("eagle_3_1"), (8,), {"synthetic_acceptance_length": length, "lag": lag})
+    for seed in range(2):
+        drive.submit(str(seed), text(seed, 4), max_tokens=40, temperature=0.5, seed=seed)
+    drive.run()
+    histogram = drive.engine.stats.acceptance.stats().acceptance_histogram
+    assert histogram[int(length - 1)]
+    assert drive.check() > 30
+
+
+def test_long_runs_of_good_drafts(make_pair: "functools.partial[Pair]") -> None:
+    """The same by honest verification: proposals after every number of accepted drafts."""
     drive = Drive(make_pair("guesser"), (6,))
     for seed in range(5):
         drive.submit(str(seed), text(seed, 4), max_tokens=30, temperature=0.5, seed=seed)
