@@ -1,0 +1,235 @@
+"""The engine's process: take commands, step while there is work, report what happened.
+
+Its life hangs on its standard input, which the HTTP process holds open: when that process ends,
+however it ends, so does this one.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import zmq
+
+from eaglerun.config import Config
+from eaglerun.errors import CapacityError, CheckpointError, ConfigError, RequestError
+from eaglerun.messages import Event, Failed, Finished, Request, Tokens
+from eaglerun.server import wire
+from eaglerun.server.logs import configure_logging
+from eaglerun.server.wire import Totals
+from eaglerun.speculative.stats import EngineStats
+
+log = logging.getLogger("eaglerun.server.engine_process")
+
+# Frames on their way before a step waits for the HTTP process; each holds a whole step.
+MAX_FRAMES = 64
+FLUSH_MS = 2000
+BROKE = "the engine failed"
+NOT_STARTED, HTTP_ENDED = 2, 3
+
+
+class ServedEngine(Protocol):
+    """What this process drives; eaglerun.engine.Engine is one."""
+
+    model_name: str
+    max_model_len: int
+    num_draft_tokens: int
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def kv_usage(self) -> float: ...
+
+    def submit(self, request: Request) -> None: ...
+
+    def abort(self, request_id: str) -> bool: ...
+
+    def step(self) -> list[Event]: ...
+
+    def close(self, message: str = ...) -> list[Event]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An engine that is ready, and the directory of its target (None: made up)."""
+
+    engine: ServedEngine
+    checkpoint: Path | None
+
+
+MakeEngine = Callable[[Config, Callable[[str], None]], Served]
+
+
+def run(make_engine: MakeEngine) -> int:
+    """The whole life of the process; the exit code.
+
+    ``make_engine`` is given the config and a function that shows a line of progress. Its
+    ConfigError, CheckpointError and CapacityError reach the user in the HTTP process.
+    """
+    # The HTTP process hears Ctrl-C and SIGTERM and decides; here they would cut requests short.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    start = wire.decode_start(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_http_process, args=(start,), daemon=True).start()
+    configure_logging(start.config.server.log_level, "EngineCore")
+    context = zmq.Context()
+    commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    commands.rcvhwm = 0
+    events.sndhwm = MAX_FRAMES
+    commands.connect(start.commands)
+    events.connect(start.events)
+
+    def report(what: wire.Report) -> None:
+        events.send(wire.encode(what))
+
+    try:
+        try:
+            served = make_engine(start.config, lambda stage: report(wire.Loading(stage)))
+        except (ConfigError, CheckpointError, CapacityError) as error:
+            report(wire.NotStarted(str(error)))
+            return NOT_STARTED
+        engine = served.engine
+        report(
+            wire.Ready(
+                engine.model_name,
+                engine.max_model_len,
+                engine.num_draft_tokens,
+                None if served.checkpoint is None else str(served.checkpoint),
+            )
+        )
+        EngineLoop(engine, commands, report).run()
+        return 0
+    finally:
+        commands.close(0)
+        events.close(FLUSH_MS)
+        context.term()
+
+
+def _end_with_http_process(start: wire.Start) -> NoReturn:
+    """Wait for the HTTP process to end; then nobody wants anything more, so leave at once.
+
+    A thread, so that a step which never returns cannot keep the process.
+    """
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    for address in (start.commands, start.events):
+        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
+    os._exit(HTTP_ENDED)
+
+
+class EngineLoop:
+    """Alternates between commands and steps; waits for a command when there is nothing to do."""
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        commands: "zmq.Socket[bytes]",
+        report: Callable[[wire.Report], None],
+    ) -> None:
+        self._engine = engine
+        self._commands = commands
+        self._report = report
+        # What the engine counted before anyone asked, by warming up, is not the users'.
+        self._step_s = 0.0
+        self._before = self._count()
+        self._totals_due = 0.0
+        self._stopped = False
+
+    def run(self) -> None:
+        """Until Stop. An error of the engine fails what is open and is raised again."""
+        try:
+            while not self._stopped:
+                self._take_commands()
+                if self._engine.has_work and not self._stopped:
+                    self._step()
+        except Exception:
+            log.exception("the engine failed; every open request fails")
+            self._send(self._engine.close(BROKE), None)
+            raise
+
+    def _take_commands(self) -> None:
+        """All commands that are there; the first is waited for if the engine is idle."""
+        if not self._engine.has_work:
+            self._commands.poll()
+        accepted: list[str] = []
+        refused: list[wire.Refused] = []
+        while not self._stopped:
+            try:
+                frame = self._commands.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            match wire.decode_command(frame):
+                case wire.Submit(request):
+                    try:
+                        self._engine.submit(request)
+                        accepted.append(request.request_id)
+                    except RequestError as error:
+                        refused.append(wire.Refused(request.request_id, error.field, error.message))
+                case wire.Abort(request_id):
+                    self._engine.abort(request_id)
+                case wire.Stop(message):
+                    self._stopped = True
+                    self._send(self._engine.close(message), self._totals())
+        if accepted or refused:
+            # Before the step, so that a client hears of a refusal at once.
+            self._report(wire.Step(accepted=tuple(accepted), refused=tuple(refused)))
+
+    def _step(self) -> None:
+        begin = time.perf_counter()
+        events = self._engine.step()
+        now = time.perf_counter()
+        self._step_s += now - begin
+        due = now >= self._totals_due or not self._engine.has_work
+        if due:
+            self._totals_due = now + wire.TOTALS_EVERY_S
+        if events or due:
+            self._send(events, self._totals() if due else None)
+
+    def _send(self, events: list[Event], totals: Totals | None) -> None:
+        self._report(
+            wire.Step(
+                tokens=tuple([e for e in events if type(e) is Tokens]),
+                finished=tuple([e for e in events if type(e) is Finished]),
+                failed=tuple([e for e in events if type(e) is Failed]),
+                totals=totals,
+            )
+        )
+
+    def _totals(self) -> Totals:
+        return self._count().since(self._before)
+
+    def _count(self) -> Totals:
+        engine, stats = self._engine, self._engine.stats
+        return Totals(
+            steps=stats.steps,
+            step_s=self._step_s,
+            prompt_tokens=stats.prompt_tokens,
+            cached_tokens=stats.cached_tokens,
+            emitted_tokens=stats.emitted_tokens,
+            trimmed_tokens=stats.trimmed_tokens,
+            steps_discarded=stats.steps_discarded,
+            preemptions=stats.preemptions,
+            finished=dict(stats.finished),
+            speculation=stats.acceptance.stats(),
+            by_context={bucket: c.stats() for bucket, c in stats.by_context.items()},
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            kv_usage=engine.kv_usage,
+        )
