@@ -13,17 +13,19 @@ def moe_route(
     topk: int,
     scale: float,
     num_experts: Tensor | None = None,
+    num_shared: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Sigmoid scores of the gate; the bias chooses, the plain scores weigh.
 
     s[n, e] = sigmoid(x[n] . gate[e]); chosen = the topk largest s + bias, lower id on a tie;
-    weight[n, j] = scale * s[n, e_j] / sum_j s[n, e_j]. A row of padding (position -1) visits
-    nothing: ids -1, weights 0.
+    weight[n, j] = scale * s[n, e_j] / sum_j s[n, e_j]. The last num_shared columns are the
+    experts E, E + 1 .. with weight 1: shared experts that lie behind the routed ones. A row of
+    padding (position -1) visits nothing: ids -1, weights 0.
 
     Shapes  x [N, H]; gate [E, H]; bias [E] or None; positions [N]; num_experts [1] int64 or
-            None; returns ids [N, topk] int32 and weights [N, topk].
+            None; returns ids [N, topk + num_shared] int32 and weights alike.
     Dtypes  x is cast to gate.dtype (fp32, fp64), all else in it; weights are returned in it.
-    Writes  num_experts += the number of distinct experts in ids.
+    Writes  num_experts += the number of distinct routed experts in ids.
     Raises  ValueError when topk > E.
     Source  MiniMaxM3VLTopKRouter and MiniMaxM3VLSparseMoeBlock (transformers 5.23,
             models/minimax_m3_vl), which multiply by scale after the experts.
@@ -42,4 +44,10 @@ def moe_route(
         hit = torch.zeros(gate.shape[0] + 1, dtype=torch.int64, device=x.device)
         hit[ids.flatten()] = 1  # -1 marks the last, which is not counted
         num_experts += hit[:-1].sum()
-    return ids.int(), weights.masked_fill(padding, 0.0)
+    weights = weights.masked_fill(padding, 0.0)
+    if num_shared:
+        always = torch.arange(num_shared, device=ids.device).expand(len(ids), -1)
+        always = torch.where(padding, -1, gate.shape[0] + always)
+        ids = torch.cat((ids, always), dim=1)
+        weights = torch.cat((weights, (always >= 0).to(weights.dtype)), dim=1)
+    return ids.int(), weights

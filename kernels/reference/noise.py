@@ -53,3 +53,12 @@ def gumbel(seed: Tensor, position: Tensor, stream: int, size: int) -> Tensor:
     bits = _mix(_key(seed, position, stream)[:, None] + token)
     u = _shift(bits, 12).double() * 2.0**-52 + _HALF
     return -torch.log(-torch.log(u))
+
+
+def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
+    """argmax_v(scores[n, v] + gumbel(seed[n], position[n], stream)[v]), lowest id on a tie.
+
+    Shapes  scores [N, V] fp32 or fp64; seed, position [N] int64; returns [N] int64.
+    Source  Gumbel-max: Maddison et al. 2014, arXiv:1411.0030, section 2.
+    """
+    return torch.argmax(scores + gumbel(seed, position, stream, scores.shape[1]), dim=-1)

@@ -1,0 +1,462 @@
+"""python -m eaglerun.bench.kernels: every kernel at M3's shapes, checked, then timed.
+
+A kernel is first compared with its reference on the same inputs; a red check prints no number.
+It is timed under graph replay, over input sets that together exceed the cache, against the
+machine's own peak: the bandwidth of a large copy (bytes read and written) and the rate of a large
+bf16 product. A kernel that moves little is held against a copy of as many bytes under the same
+replay. Bytes are what must move: weights and keys that are used, inputs and outputs once.
+
+Flags  --only TEXT  cases whose name holds TEXT;  --json FILE  the rows as JSON
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eaglerun.kernels import Op
+from eaglerun.kernels.accept import accept
+from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
+from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
+from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
+from eaglerun.kernels.draft_inputs import draft_inputs, verify_inputs
+from eaglerun.kernels.index_topk import block_scores, index_topk, index_topk_ragged, topk_blocks
+from eaglerun.kernels.kv_store import kv_index_store
+from eaglerun.kernels.moe_gemm import moe_gemm
+from eaglerun.kernels.moe_route import moe_route
+from eaglerun.kernels.noise import gumbel_argmax
+from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
+from eaglerun.kernels.swiglu_oai import swiglu
+from eaglerun.kernels.vocab_argmax import vocab_argmax
+
+HIDDEN, HEADS, GROUPS, DIM, PAGE, TOPK = 6144, 64, 4, 128, 128, 16
+EXPERTS, WIDTH, VOCAB, DRAFT_WIDTH = 128, 3072, 200064, 18432
+BF16 = torch.bfloat16
+CACHE_BYTES = 256 << 20  # what a set of inputs must exceed to come from memory each time
+DEVICE = torch.device("cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel at one shape. ``inputs`` are alike; a run takes them in turn.
+
+    moved_bytes, flops  of one call;  tolerance  of |out - ref| / |ref|, 0: equal
+    """
+
+    name: str
+    op: Callable[..., Any]
+    inputs: list[tuple[Any, ...]]
+    moved_bytes: float
+    flops: float = 0.0
+    tolerance: float = 5e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    name: str
+    us: float
+    copy_us: float
+    gb_per_s: float
+    bandwidth_share: float
+    tflop_per_s: float
+    flop_share: float
+    error: float
+
+
+def timed_us(run: Callable[[int], object], calls: int, replays: int = 10) -> float:
+    """Median time of one call, of ``calls`` in a graph; run(i) launches the i-th."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for i in range(min(calls, 3)):
+            run(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for i in range(calls):
+            run(i)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)) * 1e3 / calls)
+    return float(statistics.median(times))
+
+
+def peaks() -> tuple[float, float]:
+    """Bytes per second of a large copy, FLOP per second of a large bf16 product."""
+    a = torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE).random_()
+    b = torch.empty_like(a)
+    bandwidth = 2 * a.numel() / timed_us(lambda _: b.copy_(a), 2) * 1e6
+    n = 8192
+    x, y = (torch.randn(n, n, device=DEVICE, dtype=BF16) for _ in range(2))
+    rate = 2 * n**3 / timed_us(lambda _: x @ y, 4) * 1e6
+    return bandwidth, rate
+
+
+def error_of(case: Case, args: tuple[Any, ...]) -> float:
+    """Largest relative distance of an output from the reference's; infinite when they differ
+    in kind, or in an integer. What an op writes in place is restored and compared too."""
+    if not isinstance(case.op, Op):
+        return 0.0
+    tensors = [a for a in args if isinstance(a, Tensor) and a.numel() < 1 << 26]
+    before = [t.clone() for t in tensors]
+    actual = _outputs(case.op.kernel(*args)) + [t.clone() for t in tensors]
+    for t, old in zip(tensors, before, strict=True):
+        t.copy_(old)
+    expected = _outputs(case.op.reference(*args)) + [t.clone() for t in tensors]
+    for t, old in zip(tensors, before, strict=True):
+        t.copy_(old)
+    return max((_distance(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    if result is None:
+        return []
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    if not actual.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else float("inf")
+    if not actual.numel() or torch.equal(actual, expected):
+        return 0.0
+    # Chunks, for a cache in float64 would not fit.
+    flat = zip(actual.flatten().split(1 << 26), expected.flatten().split(1 << 26), strict=True)
+    squares = [((a.double() - e.double()).norm() ** 2, e.double().norm() ** 2) for a, e in flat]
+    wrong, size = (float(sum(column)) for column in zip(*squares, strict=True))
+    distance = (wrong / max(size, 1e-30)) ** 0.5
+    return distance if distance == distance else float("inf")
+
+
+def measure(case: Case, bandwidth: float, rate: float) -> Row:
+    """Raises  AssertionError when the kernel is not its reference's equal."""
+    error = error_of(case, case.inputs[0])
+    assert error <= case.tolerance, f"{case.name}: error {error:.2g} > {case.tolerance:.2g}"
+    run = case.op.kernel if isinstance(case.op, Op) else case.op
+    count = len(case.inputs)
+    calls = max(count, 20) if case.moved_bytes < 64e6 and case.flops < 1e11 else max(count, 2)
+    us = timed_us(lambda i: run(*case.inputs[i % count]), calls)
+    copy_us = 0.0
+    if case.moved_bytes < 64e6:
+        half = max(int(case.moved_bytes) // 2, 16)
+        pool = torch.empty(max(CACHE_BYTES // half, 1), 2, half, dtype=torch.uint8, device=DEVICE)
+        pool = pool[:256]
+        copy_us = timed_us(lambda i: pool[i % len(pool), 0].copy_(pool[i % len(pool), 1]), 20)
+    per_s = 1e6 / us
+    return Row(
+        case.name,
+        us,
+        copy_us,
+        case.moved_bytes * per_s / 1e9,
+        case.moved_bytes * per_s / bandwidth,
+        case.flops * per_s / 1e12,
+        case.flops * per_s / rate,
+        error,
+    )
+
+
+def unchecked(op: Any) -> Callable[..., Any]:
+    """The kernel alone, where its reference is not a check of it."""
+    kernel: Callable[..., Any] = op.kernel
+    return kernel
+
+
+def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype) * scale
+
+
+def set_count(moved_bytes: float) -> int:
+    return max(1, min(32, int(CACHE_BYTES / moved_bytes)))
+
+
+def rowwise_cases() -> Iterator[Case]:
+    for n in (1, 4, 64, 256, 8192):
+        size = n * HIDDEN * 2
+        w = randn(HIDDEN, scale=0.1)
+        yield Case(
+            f"add_gemma_rmsnorm n={n}",
+            add_gemma_rmsnorm,
+            [(randn(n, HIDDEN), randn(n, HIDDEN), w, 1e-6) for _ in range(set_count(4 * size))],
+            4 * size + HIDDEN * 2,
+        )
+    for n in (1, 64, 256):
+        size = n * HIDDEN * 2
+        w3, w = randn(3, HIDDEN), randn(HIDDEN)
+        aux = [(randn(3, n, HIDDEN).transpose(0, 1), w3, 1e-6) for _ in range(8)]
+        yield Case(f"group_rmsnorm n={n}", group_rmsnorm, aux, 6 * size)
+        both = [(randn(n, HIDDEN), randn(n, HIDDEN), w, w, 1e-6) for _ in range(8)]
+        yield Case(f"dual_rmsnorm_cat n={n}", dual_rmsnorm_cat, both, 4 * size)
+        wide = [(randn(n, 2 * DRAFT_WIDTH),) for _ in range(8)]
+        yield Case(f"swiglu n={n}", swiglu, wide, n * DRAFT_WIDTH * 6)
+        count = set_count(n * VOCAB * 4)
+        logits = [(randn(n, VOCAB, dtype=torch.float32),) for _ in range(count)]
+        yield Case(f"vocab_argmax n={n}", vocab_argmax, logits, n * VOCAB * 4, tolerance=0)
+        seed, at = (torch.arange(n, device=DEVICE) for _ in range(2))
+        drawn = [(x, seed, at, 0) for (x,) in logits]
+        yield Case(f"gumbel_argmax n={n}", gumbel_argmax, drawn, n * VOCAB * 4, tolerance=0)
+    for n in (1, 4, 64, 256, 8192):
+        yield _store_case(n)
+    table = torch.randint(0, 64, (64, 64), dtype=torch.int32, device=DEVICE)
+    length = torch.randint(1, 8000, (64,), device=DEVICE)
+    drafts, k = torch.randint(0, 9, (64, 3), device=DEVICE), torch.full((64,), 3, device=DEVICE)
+    inputs = [(length, length, drafts, k, table, PAGE, 4)]
+    yield Case("verify_inputs b=64", verify_inputs, inputs, 64 * 200, tolerance=0)
+    yield Case("draft_inputs b=64", draft_inputs, [(length, 1, k, table, PAGE)], 64 * 60, 0, 0)
+    matches = torch.rand(64, 3, device=DEVICE) < 0.7
+    targets = torch.randint(0, 9, (64, 4), device=DEVICE)
+    yield Case("accept b=64", accept, [(targets, matches, k)], 64 * 80, tolerance=0)
+
+
+def _store_case(n: int) -> Case:
+    columns = (HEADS + 2 * GROUPS) * DIM + (GROUPS + 1) * DIM
+    blocks = max(64, -(-n // PAGE))
+    k, v = (randn(blocks, PAGE, GROUPS, DIM) for _ in range(2))
+    index_k = randn(blocks, PAGE, DIM)
+    table = randn(8192, 64, dtype=torch.float32)
+    norms = [randn(DIM, scale=0.1) for _ in range(4)]
+    inputs = [
+        (
+            randn(n, columns),
+            torch.randint(0, 8192, (n,), device=DEVICE),
+            torch.randperm(blocks * PAGE, device=DEVICE)[:n],
+            *norms,
+            table,
+            1e-6,
+            k,
+            v,
+            index_k,
+        )
+        for _ in range(2 if n > 1000 else 8)
+    ]
+    return Case(f"kv_index_store n={n}", kv_index_store, inputs, n * columns * 4)
+
+
+def paged(
+    batch: int, rows: int, length: int, groups: int, sets: int
+) -> tuple[list[tuple[Any, ...]], Tensor]:
+    """(positions, block_tables, seq_lens) of ``sets`` batches that share no block, and how many
+    blocks that takes."""
+    per_seq = -(-length // PAGE)
+    order = torch.randperm(sets * batch * per_seq, device=DEVICE, dtype=torch.int32)
+    tables = order.view(sets, batch, per_seq)
+    last = torch.arange(length - rows, length, device=DEVICE).repeat(batch)
+    lens = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
+    return [(last, table, lens) for table in tables], order
+
+
+def decode_attention_cases() -> Iterator[Case]:
+    for batch, rows, length, groups in (
+        (1, 1, 1280, GROUPS),
+        (1, 4, 1280, GROUPS),
+        (64, 1, 1280, GROUPS),
+        (64, 4, 1280, GROUPS),
+        (1, 1, 131072, GROUPS),
+        (8, 4, 32768, GROUPS),
+        (1, 1, 1280, HEADS),
+        (64, 1, 1280, HEADS),
+    ):
+        kv_bytes = batch * length * groups * DIM * 4
+        sets = max(1, min(16, CACHE_BYTES // kv_bytes))
+        wheres, order = paged(batch, rows, length, groups, sets)
+        k, v = (randn(len(order), PAGE, groups, DIM) for _ in range(2))
+        n = batch * rows
+        inputs = [(randn(n, HEADS, DIM), k, v, *w, length, DIM**-0.5) for w in wheres]
+        yield Case(
+            f"attention_dense b={batch} q={rows} len={length} groups={groups}",
+            attention_dense,
+            inputs,
+            kv_bytes + n * HEADS * DIM * 4,
+            4.0 * n * HEADS * DIM * length,
+        )
+    for batch, rows, length in (
+        (1, 1, 8192),
+        (1, 4, 8192),
+        (32, 4, 8192),
+        (64, 1, 4096),
+        (1, 1, 131072),
+        (8, 4, 131072),
+    ):
+        yield from _sparse_cases(batch, rows, length)
+
+
+def _sparse_cases(batch: int, rows: int, length: int) -> Iterator[Case]:
+    n, index_bytes = batch * rows, batch * length * DIM * 2
+    sets = max(1, min(16, CACHE_BYTES // index_bytes))
+    wheres, order = paged(batch, rows, length, GROUPS, sets)
+    index_k = randn(len(order), PAGE, DIM)
+    index_q = [randn(n, GROUPS, DIM) for _ in wheres]
+    scored: list[tuple[Any, ...]] = [
+        (q, index_k, *w, length) for q, w in zip(index_q, wheres, strict=True)
+    ]
+    name = f"b={batch} q={rows} len={length}"
+    flops = 2.0 * n * GROUPS * DIM * length
+    yield Case(f"block_scores {name}", block_scores, scored, index_bytes, flops, 1e-5)
+    # Scores closer than their error fall either way: the order is checked on given scores, and
+    # the two kernels together are only timed.
+    given = [(block_scores.kernel(*s), s[2], PAGE, TOPK, 0, 1) for s in scored]
+    yield Case(f"topk_blocks {name}", topk_blocks, given, n * GROUPS * length / PAGE * 4, 0, 0)
+    del given
+    wished = [(*s, TOPK, 0, 1) for s in scored]
+    yield Case(f"index_topk {name}", unchecked(index_topk), wished, index_bytes, flops)
+    ids = [index_topk.kernel(*w) for w in wished]
+    distinct = sum(
+        len(set(ids[0].view(batch, rows, GROUPS, TOPK)[b, :, g].flatten().tolist()))
+        for b in range(batch)
+        for g in range(GROUPS)
+    )
+    k, v = (randn(len(order), PAGE, GROUPS, DIM) for _ in range(2))
+    inputs = [
+        (randn(n, HEADS, DIM), k, v, chosen, *w, length, DIM**-0.5)
+        for chosen, w in zip(ids, wheres, strict=True)
+    ]
+    yield Case(
+        f"attention_sparse {name}",
+        attention_sparse,
+        inputs,
+        distinct * PAGE * DIM * 4 + n * HEADS * DIM * 4,
+        4.0 * n * HEADS * DIM * TOPK * PAGE,
+    )
+
+
+def prefill_cases() -> Iterator[Case]:
+    for batch, length in ((1, 8192), (8, 1024)):
+        wheres, order = paged(batch, length, length, GROUPS, 1)
+        (positions, tables, lens) = wheres[0]
+        n = batch * length
+        q_lens = (length,) * batch
+        cu = torch.arange(0, n + 1, length, dtype=torch.int32, device=DEVICE)
+        where = (positions, tables, lens, cu, q_lens, length)
+        k, v = (randn(len(order), PAGE, GROUPS, DIM) for _ in range(2))
+        q = randn(n, HEADS, DIM)
+        name = f"b={batch} len={length}"
+        pairs = n * (length + 1) / 2
+        moved = n * DIM * (HEADS * 4 + GROUPS * 4)
+        yield Case(
+            f"attention_dense_ragged {name}",
+            attention_dense_ragged,
+            [(q, k, v, *where, DIM**-0.5)],
+            moved,
+            4.0 * pairs * HEADS * DIM,
+        )
+        if length <= TOPK * PAGE:
+            continue
+        index_q, index_k = randn(n, GROUPS, DIM), randn(len(order), PAGE, DIM)
+        args = (index_q, index_k, *where, TOPK, 0, 1)
+        yield Case(
+            f"index_topk_ragged {name}",
+            unchecked(index_topk_ragged),
+            [args],
+            n * GROUPS * (DIM * 2 + length / PAGE * 8),
+            2.0 * pairs * GROUPS * DIM,
+        )
+        ids = index_topk_ragged.kernel(*args)
+        seen = float((ids >= 0).sum()) * PAGE / GROUPS
+        yield Case(
+            f"attention_sparse_ragged {name}",
+            attention_sparse_ragged,
+            [(q, k, v, ids, *where, DIM**-0.5)],
+            moved,
+            4.0 * seen * HEADS * DIM,
+        )
+
+
+def moe_cases() -> Iterator[Case]:
+    gate, bias = randn(EXPERTS, HIDDEN, scale=0.02, dtype=torch.float32), torch.randn(EXPERTS)
+    bias = bias.to(DEVICE) * 0.01
+    w13 = torch.empty(EXPERTS, 2 * WIDTH, HIDDEN, dtype=BF16, device=DEVICE)
+    w2 = torch.empty(EXPERTS, HIDDEN, WIDTH, dtype=BF16, device=DEVICE)
+    for e in range(EXPERTS):
+        w13[e] = randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
+        w2[e] = randn(HIDDEN, WIDTH, scale=WIDTH**-0.5)
+    expert_bytes = 3 * WIDTH * HIDDEN * 2
+    for n in (1, 4, 16, 64, 128, 256, 512, 2048, 8192):
+        positions = torch.arange(n, device=DEVICE)
+        routed = [(randn(n, HIDDEN), gate, bias, positions, 4, 2.0) for _ in range(4)]
+        routing = EXPERTS * HIDDEN * 4 + n * HIDDEN * 2
+        yield Case(f"moe_route n={n}", moe_route, routed, routing, tolerance=1e-5)
+        order = torch.rand(n, EXPERTS, device=DEVICE).argsort(dim=1)
+        ids = order[:, :4].int().contiguous()
+        distinct = len(ids.unique())
+        weights = torch.rand(n, 4, device=DEVICE)
+        args = (randn(n, HIDDEN), w13, w2, ids, weights, 1.702, 7.0, 1.0, randn(n, HIDDEN))
+        flops = 2.0 * n * 4 * 3 * WIDTH * HIDDEN
+        moved = distinct * expert_bytes + n * HIDDEN * 2 * 3
+        yield Case(f"moe_gemm n={n} experts={distinct}", moe_gemm, [args], moved, flops)
+
+
+def linear_cases() -> Iterator[Case]:
+    """torch's own products of a decode step, which are used where they reach the limit."""
+    for name, out, width in (
+        ("qkv+index", 9856, HIDDEN),
+        ("o_proj", HIDDEN, HEADS * DIM),
+        ("shared gate_up", 2 * WIDTH, HIDDEN),
+        ("shared down", HIDDEN, WIDTH),
+        ("dense gate_up", 24576, HIDDEN),
+        ("draft fc", HIDDEN, 3 * HIDDEN),
+        ("head", VOCAB, HIDDEN),
+    ):
+        count = max(2, min(8, CACHE_BYTES // (out * width * 2)))
+        weights = [randn(out, width, scale=0.02) for _ in range(count)]
+        for n in (1, 4, 16, 64, 256):
+            x = randn(n, width)
+            inputs = [(x, w) for w in weights]
+            moved = out * width * 2 + n * (out + width) * 2
+            yield Case(f"torch linear {name} n={n}", F.linear, inputs, moved, 2.0 * n * out * width)
+
+
+FAMILIES = (rowwise_cases, decode_attention_cases, prefill_cases, moe_cases, linear_cases)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--json", default="")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth, rate = peaks()
+    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, ", end="")
+    print(f"bf16 product {rate / 1e12:.0f} TFLOP/s")
+    print(
+        f"{'kernel':56} {'us':>9} {'copy us':>8} {'GB/s':>6} {'share':>6} {'TFLOP/s':>8} ", end=""
+    )
+    print(f"{'share':>6} {'error':>8}")
+    rows, failed = [], 0
+    for family in FAMILIES:
+        for case in family():
+            if args.only not in case.name:
+                continue
+            try:
+                row = measure(case, bandwidth, rate)
+            except AssertionError as wrong:
+                print(f"RED {wrong}")
+                failed += 1
+                continue
+            rows.append(asdict(row))
+            print(
+                f"{row.name:56} {row.us:9.1f} {row.copy_us:8.1f} {row.gb_per_s:6.0f} "
+                f"{row.bandwidth_share:6.1%} {row.tflop_per_s:8.1f} {row.flop_share:6.1%} "
+                f"{row.error:8.1e}",
+                flush=True,
+            )
+            del case
+        torch.cuda.empty_cache()
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"bandwidth": bandwidth, "flops": rate, "rows": rows}, file, indent=1)
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,426 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Full attention over the paged cache: uniform rows (decode, verify) and ragged ones (prefill).
+
+A program holds up to BLOCK_M (row, query head) pairs of one KV group, so that the group's keys
+are read once for them all, and walks keys in tiles with a running softmax. Of uniform rows the
+keys are split: chunk c of CHUNK keys belongs to program c % SPLITS, and _merge_kernel joins the
+parts. Chunks and their order are functions of the key's position alone, so that what lies past a
+row's own keys (a longer neighbour, a larger max_seq_len) changes none of its bits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels import paired
+from eaglerun.kernels.language import (
+    FLOATS,
+    cdiv,
+    dot_dtype,
+    jit,
+    power_of_2,
+    require,
+    tl,
+)
+from eaglerun.kernels.launch import settings
+from eaglerun.kernels.reference import attention_dense as reference
+
+# Parts that a row's keys are split into at most.
+MAX_SPLITS = 32
+LOG2_E = math.log2(math.e)
+
+
+@jit
+def attend_tile(acc, top, total, q, k, v, visible, scale, DOT: tl.constexpr):
+    """One tile of keys into the running softmax (base 2) of a tile of rows.
+
+    A tile that a row does not see changes none of the row's bits.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    new = tl.maximum(top, tl.max(scores, axis=1))
+    # Rows that have seen nothing yet: -inf - -inf would be NaN.
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(scores - base[:, None])
+    decay = tl.exp2(top - base)
+    total = total * decay + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(DOT), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new, total
+
+
+@jit
+def finish(
+    acc, top, total, out_ptr, part_ptr, lse_ptr, rows, live, d, split,
+    D: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Store the attention of (row, head) pairs ``rows``, or of this split of their keys."""
+    seen = total > 0.0
+    out = acc / tl.where(seen, total, 1.0)[:, None]
+    mask = live[:, None] & (d < D)[None, :]
+    if SPLITS == 1:
+        tl.store(out_ptr + rows[:, None] * D + d[None, :], out, mask=mask)
+    else:
+        part = rows * SPLITS + split
+        tl.store(part_ptr + part[:, None] * D + d[None, :], out, mask=mask)
+        lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+        tl.store(lse_ptr + part, lse, mask=live)
+
+
+@jit
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    positions_ptr,
+    tables_ptr,
+    seq_lens_ptr,
+    cu_seqlens_ptr,
+    q_row,
+    q_head,
+    table_row,
+    rows_per_seq,
+    scale,
+    first_key,
+    window,
+    G: tl.constexpr,
+    RATIO: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    TOKENS: tl.constexpr = BLOCK_M // RATIO
+    tile = tl.program_id(0)
+    group = tl.program_id(1) % G
+    split = tl.program_id(1) // G
+    b = tl.program_id(2).to(tl.int64)
+    if RAGGED:
+        first_row = tl.load(cu_seqlens_ptr + b).to(tl.int64)
+        count = tl.load(cu_seqlens_ptr + b + 1) - first_row
+    else:
+        first_row = b * rows_per_seq
+        count = rows_per_seq
+    if tile * TOKENS >= count:
+        return
+    m = tl.arange(0, BLOCK_M)
+    token = tile * TOKENS + m // RATIO
+    live = (m < TOKENS * RATIO) & (token < count)
+    row = first_row + token
+    position = tl.load(positions_ptr + row, mask=live, other=-1)
+    seq_len = tl.load(seq_lens_ptr + b).to(tl.int64)
+    keys = tl.minimum(tl.max(position, axis=0).to(tl.int64) + 1, seq_len)
+    if SPLITS > 1:
+        if split * CHUNK >= keys:
+            return
+    head = group * RATIO + m % RATIO
+    d = tl.arange(0, BLOCK_D)
+    q_at = row[:, None] * q_row + head[:, None] * q_head + d[None, :]
+    q = tl.load(q_ptr + q_at, mask=live[:, None] & (d < D)[None, :], other=0.0).to(DOT)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    PER_CHUNK: tl.constexpr = CHUNK // BLOCK_N
+    if SPLITS == 1:
+        tiles = (keys + BLOCK_N - 1) // BLOCK_N
+    else:
+        chunks = (keys + CHUNK - 1) // CHUNK
+        tiles = (chunks - split + SPLITS - 1) // SPLITS * PER_CHUNK
+    n = tl.arange(0, BLOCK_N)
+    for i in range(0, tiles.to(tl.int32)):
+        if SPLITS == 1:
+            start = i * BLOCK_N
+        else:
+            start = (split + i // PER_CHUNK * SPLITS) * CHUNK + i % PER_CHUNK * BLOCK_N
+        t = start + n
+        held = (t < keys) & (t >= first_key)
+        if PAGE % BLOCK_N == 0:
+            block = tl.load(tables_ptr + b * table_row + start // PAGE, mask=start < keys, other=0)
+            slot = block.to(tl.int64) * PAGE + start % PAGE + n
+        else:
+            block = tl.load(tables_ptr + b * table_row + t // PAGE, mask=held, other=0)
+            slot = block.to(tl.int64) * PAGE + t % PAGE
+        at = (slot * G + group)[:, None] * D + d[None, :]
+        there = held[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
+        v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
+        visible = held[None, :] & (t[None, :] <= position[:, None])
+        if WINDOWED:
+            visible &= t[None, :] > position[:, None] - window
+        acc, top, total = attend_tile(acc, top, total, q, k, v, visible, scale, DOT)
+    finish(
+        acc, top, total, out_ptr, part_ptr, lse_ptr, row * (G * RATIO) + head, live, d, split,
+        D, SPLITS,
+    )  # fmt: skip
+
+
+@jit
+def merge_kernel(
+    part_ptr,
+    lse_ptr,
+    out_ptr,
+    positions_ptr,
+    seq_lens_ptr,
+    rows_per_seq,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Join the splits of one (row, head): weights 2^(lse - max). CHUNK 0: every split was
+    written; else those whose first chunk holds a key of the row."""
+    at = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    if CHUNK:
+        row = at // H
+        seq_len = tl.load(seq_lens_ptr + row // rows_per_seq).to(tl.int64)
+        keys = tl.minimum(tl.load(positions_ptr + row).to(tl.int64) + 1, seq_len)
+        written = (s < SPLITS) & (s * CHUNK < keys)
+    else:
+        written = s < SPLITS
+    lse = tl.load(lse_ptr + at * SPLITS + s, mask=written, other=float("-inf"))
+    top = tl.max(lse, axis=0)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    d = tl.arange(0, BLOCK_D)
+    part_at = (at * SPLITS + s)[:, None] * D + d[None, :]
+    part = tl.load(part_ptr + part_at, mask=written[:, None] & (d < D)[None, :], other=0.0)
+    total = tl.sum(weight, axis=0)
+    out = tl.sum(part * weight[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(out_ptr + at * D + d, out, mask=d < D)
+
+
+@paired(reference.attention_dense)
+def attention_dense(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    max_seq_len: int,
+    scale: float,
+    first_key: int = 0,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of the same number of rows Q = N / B for every sequence.
+
+    Row n belongs to sequence b = n // Q and sees the keys
+        t in [max(first_key, positions[n] - window + 1), positions[n]], t < seq_lens[b];
+    o[n, h] = sum_t softmax_t(q[n, h] . k[t, g] * scale) v[t, g] with g = h // (H / G).
+    A row that sees no key (padding: position -1) is zero. Cells at t >= seq_lens[b] and
+    t < first_key are never read.
+
+    Shapes  q [N, H, D], last dim contiguous; caches [num_blocks, block_size, G, D] contiguous;
+            positions [N]; block_tables [B, max_blocks] int32, entries past a sequence
+            arbitrary; seq_lens [B], at most max_seq_len; returns [N, H, D]. D <= 256,
+            H / G <= 128. N may be 0.
+    Dtypes  q and caches bf16, fp16 or fp32, alike; scores, softmax and sums in fp32, the
+            softmax weights rounded to q.dtype before they meet v, one cast to q.dtype.
+    Error   3e-3 absolute in bf16 where |v| <= 1 (1e-5 in fp32). A row's bits depend on Q and on
+            its own keys, not on the number of sequences, their lengths or max_seq_len.
+    Raises  ValueError when N is no multiple of B or H none of G, and on another shape, stride
+            or dtype.
+    Source  Vaswani et al. 2017, arXiv:1706.03762, eq. 1; pages as Kwon et al. 2023,
+            arXiv:2309.06180, section 4.3; the merge as Dao et al., flash-decoding (2023).
+    """
+    batch = block_tables.shape[0]
+    check("attention_dense", q, k_cache, v_cache, positions, block_tables, seq_lens)
+    require(q.shape[0] % max(batch, 1) == 0, "attention_dense", q=q, block_tables=block_tables)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not q.numel():
+        return out
+    rows, heads, dim = q.shape
+    groups, ratio, per_seq = k_cache.shape[2], heads // k_cache.shape[2], rows // batch
+    launch = settings("attention_decode", q)
+    chunk = launch.pop("CHUNK")
+    splits = min(MAX_SPLITS, max(cdiv(max_seq_len, chunk), 1))
+    block_m = max(min(power_of_2(per_seq * ratio, 16), launch.pop("MAX_M")), power_of_2(ratio))
+    part, lse = parts(q, splits)
+    _attention_kernel[(cdiv(per_seq, block_m // ratio), groups * splits, batch)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        part,
+        lse,
+        positions,
+        block_tables,
+        seq_lens,
+        seq_lens,
+        q.stride(0),
+        q.stride(1),
+        block_tables.stride(0),
+        per_seq,
+        scale * LOG2_E,
+        first_key,
+        0 if window is None else window,
+        G=groups,
+        RATIO=ratio,
+        D=dim,
+        PAGE=k_cache.shape[1],
+        RAGGED=False,
+        WINDOWED=window is not None,
+        SPLITS=splits,
+        CHUNK=chunk,
+        DOT=dot_dtype(q.dtype),
+        BLOCK_M=block_m,
+        BLOCK_D=power_of_2(dim, 16),
+        **launch,
+    )
+    if splits > 1:
+        merge_kernel[(rows * heads,)](
+            part,
+            lse,
+            out,
+            positions,
+            seq_lens,
+            per_seq,
+            H=heads,
+            D=dim,
+            SPLITS=splits,
+            CHUNK=chunk,
+            BLOCK_S=power_of_2(splits),
+            BLOCK_D=power_of_2(dim),
+            **settings("attention_merge", q),
+        )
+    return out
+
+
+@paired(reference.attention_dense_ragged)
+def attention_dense_ragged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    q_lens: tuple[int, ...],
+    max_seq_len: int,
+    scale: float,
+    first_key: int = 0,
+    window: int | None = None,
+) -> Tensor:
+    """attention_dense with q_lens[b] rows for sequence b: prefill chunks.
+
+    Rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1] belong to sequence b; rows past the last are zero.
+
+    Shapes  as attention_dense; cu_seqlens_q [B + 1] int32, the running sum of q_lens, for the
+            kernel as q_lens is for the host.
+    Dtypes, Error, Raises  as attention_dense; a row's bits depend on its own keys alone.
+    """
+    check("attention_dense_ragged", q, k_cache, v_cache, positions, block_tables, seq_lens)
+    require(
+        len(q_lens) + 1 == cu_seqlens_q.shape[0]
+        and cu_seqlens_q.is_contiguous()
+        and len(q_lens) == block_tables.shape[0],
+        "attention_dense_ragged",
+        cu_seqlens_q=cu_seqlens_q,
+        q_lens=q_lens,
+    )
+    out = ragged_output(q, q_lens)
+    if not sum(q_lens):
+        return out
+    dim, groups = q.shape[2], k_cache.shape[2]
+    ratio = q.shape[1] // groups
+    launch = settings("attention_prefill", q)
+    block_m = max(launch.pop("BLOCK_M"), power_of_2(ratio))
+    _attention_kernel[(cdiv(max(q_lens), block_m // ratio), groups, len(q_lens))](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        out,
+        out,
+        positions,
+        block_tables,
+        seq_lens,
+        cu_seqlens_q,
+        q.stride(0),
+        q.stride(1),
+        block_tables.stride(0),
+        0,
+        scale * LOG2_E,
+        first_key,
+        0 if window is None else window,
+        G=groups,
+        RATIO=ratio,
+        D=dim,
+        PAGE=k_cache.shape[1],
+        RAGGED=True,
+        WINDOWED=window is not None,
+        SPLITS=1,
+        CHUNK=launch["BLOCK_N"],
+        DOT=dot_dtype(q.dtype),
+        BLOCK_M=block_m,
+        BLOCK_D=power_of_2(dim, 16),
+        **launch,
+    )
+    return out
+
+
+# Shared with attention_sparse.
+
+
+def check(
+    name: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    groups, dim = k_cache.shape[2:]
+    require(
+        q.ndim == 3
+        and q.shape[2] == dim
+        and q.shape[1] % groups == 0
+        and q.shape[1] <= 128 * groups
+        and dim <= 256
+        and q.stride(2) == 1
+        and q.dtype == k_cache.dtype == v_cache.dtype
+        and q.dtype in FLOATS
+        and k_cache.shape == v_cache.shape
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and positions.shape == q.shape[:1]
+        and positions.is_contiguous()
+        and block_tables.dtype == torch.int32
+        and block_tables.stride(1) == 1
+        and seq_lens.shape == block_tables.shape[:1]
+        and seq_lens.is_contiguous(),
+        name,
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        positions=positions,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+    )
+
+
+def parts(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Where the splits of each (row, head) go, and the log2 of their sums."""
+    if splits == 1:
+        return q, q
+    rows, heads, dim = q.shape
+    part = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device)
+    return part, part.new_empty(rows, heads, splits)
+
+
+def ragged_output(q: Tensor, q_lens: tuple[int, ...]) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out[sum(q_lens) :].zero_()
+    return out

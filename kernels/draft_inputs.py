@@ -1,0 +1,239 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Where the rows of a decode step stand: ids, positions, KV slots and lengths, on the device."""
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels import paired
+from eaglerun.kernels.language import cdiv, jit, power_of_2, require, tl
+from eaglerun.kernels.launch import settings
+from eaglerun.kernels.reference import draft_inputs as reference
+
+
+@jit
+def _slots(positions, live, b, table_ptr, table_row, block_size):
+    """kv_slot of positions (>= 0 where live), the table read nowhere else."""
+    at = tl.where(live, positions, 0)
+    block = tl.load(table_ptr + b * table_row + at // block_size, mask=live, other=0)
+    return tl.where(live, block.to(tl.int64) * block_size + at % block_size, -1)
+
+
+@jit
+def _kv_slots_kernel(
+    positions_ptr, table_ptr, slots_ptr, position_row, table_row, block_size, rows,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    q = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.load(positions_ptr + b * position_row + q, mask=q < rows, other=-1)
+    slots = _slots(p, p >= 0, b, table_ptr, table_row, block_size)
+    tl.store(slots_ptr + b * rows + q, slots, mask=q < rows)
+
+
+@jit
+def _verify_inputs_kernel(
+    length_ptr,
+    last_token_ptr,
+    draft_tokens_ptr,
+    num_drafts_ptr,
+    table_ptr,
+    ids_ptr,
+    positions_ptr,
+    slots_ptr,
+    seq_lens_ptr,
+    num_drafts_step,
+    draft_row,
+    table_row,
+    block_size,
+    rows,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    length = tl.load(length_ptr + b)
+    num_drafts = tl.load(num_drafts_ptr + b * num_drafts_step)
+    j = tl.arange(0, BLOCK)
+    real = (j <= num_drafts) & (j < rows)
+    drafted = real & (j > 0)
+    ids = tl.load(draft_tokens_ptr + b * draft_row + j - 1, mask=drafted, other=0)
+    ids = tl.where(real & (j == 0), tl.load(last_token_ptr + b), ids)
+    positions = tl.where(real, length - 1 + j, -1)
+    at = b * rows + j
+    tl.store(ids_ptr + at, ids, mask=j < rows)
+    tl.store(positions_ptr + at, positions, mask=j < rows)
+    slots = _slots(positions, real, b, table_ptr, table_row, block_size)
+    tl.store(slots_ptr + at, slots, mask=j < rows)
+    tl.store(seq_lens_ptr + b, tl.where(num_drafts >= 0, length + num_drafts, 0).to(tl.int32))
+
+
+@jit
+def _draft_inputs_kernel(
+    position_ptr,
+    num_propose_ptr,
+    table_ptr,
+    positions_ptr,
+    slots_ptr,
+    seq_lens_ptr,
+    pass_index,
+    num_propose_step,
+    table_row,
+    block_size,
+    batch,
+    BLOCK: tl.constexpr,
+):
+    b = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    live = b < batch
+    num_propose = tl.load(num_propose_ptr + b * num_propose_step, mask=live, other=0)
+    real = live & (pass_index < num_propose)
+    at = tl.where(real, tl.load(position_ptr + b, mask=real, other=0) + pass_index, -1)
+    # Pass 0 writes no KV: the fill wrote that of the newest token.
+    written = b < tl.where(pass_index > 0, batch, 0)
+    slots = _slots(at, real & written, b, table_ptr, table_row, block_size)
+    tl.store(positions_ptr + b, at, mask=live)
+    tl.store(slots_ptr + b, slots, mask=live)
+    tl.store(seq_lens_ptr + b, (at + 1).to(tl.int32), mask=live)
+
+
+@paired(reference.kv_slots_of)
+def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tensor:
+    """KV slot of each position: block_table[p // block_size] * block_size + p % block_size.
+
+    Shapes  positions [B, Q] int64, -1 on padding rows, last dim contiguous; block_table [B, M]
+            int32, last dim contiguous; returns [B, Q] int64, -1 where the position is -1.
+    Error   none.
+    Raises  ValueError on another shape, stride or dtype.
+    Source  facts of paged attention: vLLM's slot mapping.
+    """
+    batch, rows = positions.shape
+    _require("kv_slots_of", block_table, batch, positions=positions)
+    slots = torch.empty(batch, rows, dtype=torch.int64, device=positions.device)
+    if slots.numel():
+        launch = settings("one_warp", positions)
+        block = min(power_of_2(rows), 128)
+        _kv_slots_kernel[(batch, cdiv(rows, block))](
+            positions,
+            block_table,
+            slots,
+            positions.stride(0),
+            block_table.stride(0),
+            block_size,
+            rows,
+            BLOCK=block,
+            **launch,
+        )
+    return slots
+
+
+@paired(reference.verify_inputs)
+def verify_inputs(
+    length: Tensor,
+    last_token: Tensor,
+    draft_tokens: Tensor,
+    num_drafts: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows [last token, d1 .. dk] that the target runs for each sequence.
+
+    Row j stands at position length - 1 + j; it is a padding row where j > num_drafts. Keys that
+    the rows see, once their own are written: length + num_drafts.
+
+    Shapes  length, last_token, num_drafts [B] int64 (num_drafts -1 on padding sequences, of any
+            stride);
+            draft_tokens [B, >= num_rows - 1] int64 and block_table [B, M] int32, last dims
+            contiguous. Returns token_ids, positions, kv_slots [B, num_rows] int64 and seq_lens
+            [B] int32. Padding rows: id 0, position -1, slot -1.
+    Error   none.
+    Raises  ValueError on another shape, stride or dtype.
+    """
+    batch = length.shape[0]
+    rows = {"length": length, "last_token": last_token, "draft_tokens": draft_tokens}
+    _require("verify_inputs", block_table, batch, **rows)
+    require(
+        draft_tokens.shape[1] >= num_rows - 1
+        and num_drafts.shape == (batch,)
+        and num_drafts.dtype == torch.int64,
+        "verify_inputs",
+        draft_tokens=draft_tokens,
+        num_drafts=num_drafts,
+    )
+    out = torch.empty(3, batch, num_rows, dtype=torch.int64, device=length.device)
+    seq_lens = torch.empty(batch, dtype=torch.int32, device=length.device)
+    if batch:
+        _verify_inputs_kernel[(batch,)](
+            length,
+            last_token,
+            draft_tokens,
+            num_drafts,
+            block_table,
+            out[0],
+            out[1],
+            out[2],
+            seq_lens,
+            num_drafts.stride(0),
+            draft_tokens.stride(0),
+            block_table.stride(0),
+            block_size,
+            num_rows,
+            BLOCK=power_of_2(num_rows),
+            **settings("one_warp", length),
+        )
+    return out[0], out[1], out[2], seq_lens
+
+
+@paired(reference.draft_inputs)
+def draft_inputs(
+    position: Tensor, pass_index: int, num_propose: Tensor, block_table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Position, KV slot and length of the one row per sequence that draft pass ``pass_index`` runs.
+
+    The row of pass s stands s places after the newest token. Its KV is written from pass 1 on
+    (the fill wrote that of pass 0). Sequences that propose fewer than s + 1 tokens have a padding
+    row.
+
+    Shapes  position [B] int64, of the newest token; num_propose [B] int64; block_table [B, M]
+            int32, last dim contiguous. Returns positions [B, 1], kv_slots [B, 1] int64 and
+            seq_lens [B] int32.
+    Error   none.
+    Raises  ValueError on another shape, stride or dtype.
+    """
+    batch = position.shape[0]
+    _require("draft_inputs", block_table, batch, position=position)
+    require(
+        num_propose.shape == (batch,) and num_propose.dtype == torch.int64,
+        "draft_inputs",
+        num_propose=num_propose,
+    )
+    out = torch.empty(2, batch, 1, dtype=torch.int64, device=position.device)
+    seq_lens = torch.empty(batch, dtype=torch.int32, device=position.device)
+    if batch:
+        block = min(power_of_2(batch), 32)
+        _draft_inputs_kernel[(cdiv(batch, block),)](
+            position,
+            num_propose,
+            block_table,
+            out[0],
+            out[1],
+            seq_lens,
+            pass_index,
+            num_propose.stride(0),
+            block_table.stride(0),
+            block_size,
+            batch,
+            BLOCK=block,
+            **settings("one_warp", position),
+        )
+    return out[0], out[1], seq_lens
+
+
+def _require(name: str, block_table: Tensor, batch: int, **rows: Tensor) -> None:
+    require(
+        block_table.shape[0] == batch
+        and block_table.dtype == torch.int32
+        and block_table.stride(1) == 1
+        and all(t.shape[0] == batch and t.dtype == torch.int64 for t in rows.values())
+        and all(t.shape[-1] < 2 or t.stride(-1) == 1 for t in rows.values()),
+        name,
+        block_table=block_table,
+        **rows,
+    )

@@ -1,0 +1,382 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The lightning indexer: a score for each block of keys, and the blocks a row attends to."""
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels import paired
+from eaglerun.kernels.language import FLOATS, cdiv, dot_dtype, jit, power_of_2, require, tl
+from eaglerun.kernels.launch import settings
+from eaglerun.kernels.reference import index_topk as reference
+from eaglerun.kernels.vocab_argmax import index_of, ordered_key
+
+# As in the reference; finite, because a kernel blends them.
+INIT_SCORE, LOCAL_SCORE, NO_SCORE = 1e30, 1e29, -1e30
+
+
+@jit
+def _block_scores_kernel(
+    q_ptr,
+    k_ptr,
+    scores_ptr,
+    positions_ptr,
+    tables_ptr,
+    seq_lens_ptr,
+    cu_seqlens_ptr,
+    q_row,
+    table_row,
+    rows_per_seq,
+    columns,
+    NO_SCORE: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    FILL: tl.constexpr,
+    PAGES: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scores of PAGES blocks of keys for a tile of (row, group) pairs of one sequence.
+
+    FILL: blocks without a key of the sequence get NO_SCORE too, else they are left alone.
+    """
+    TOKENS: tl.constexpr = BLOCK_M // G
+    first = tl.program_id(0) * PAGES
+    tile = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    if RAGGED:
+        first_row = tl.load(cu_seqlens_ptr + b).to(tl.int64)
+        count = tl.load(cu_seqlens_ptr + b + 1) - first_row
+    else:
+        first_row = b * rows_per_seq
+        count = rows_per_seq
+    if tile * TOKENS >= count:
+        return
+    m = tl.arange(0, BLOCK_M)
+    token = tile * TOKENS + m // G
+    live = (m < TOKENS * G) & (token < count)
+    row = first_row + token
+    position = tl.load(positions_ptr + row, mask=live, other=-1)
+    seq_len = tl.load(seq_lens_ptr + b).to(tl.int64)
+    keys = tl.minimum(tl.max(position, axis=0).to(tl.int64) + 1, seq_len)
+    if FILL:
+        last = tl.minimum(first + PAGES, columns)
+    else:
+        last = tl.minimum(first + PAGES, (keys + PAGE - 1) // PAGE).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    q_at = row[:, None] * q_row + (m % G)[:, None] * D + d[None, :]
+    q = tl.load(q_ptr + q_at, mask=live[:, None] & (d < D)[None, :], other=0.0).to(DOT)
+    n = tl.arange(0, BLOCK_P)
+    for c in range(first, last):
+        t = c * PAGE + n
+        held = (n < PAGE) & (t < keys)
+        block = tl.load(tables_ptr + b * table_row + c, mask=c * PAGE < keys, other=0)
+        at = (block.to(tl.int64) * PAGE + n)[:, None] * D + d[None, :]
+        k = tl.load(k_ptr + at, mask=held[:, None] & (d < D)[None, :], other=0.0).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        visible = held[None, :] & (t[None, :] <= position[:, None])
+        # A block with a NaN in it has no score, as in the reference.
+        broken = tl.max(tl.where(visible & (scores != scores), 1, 0), axis=1)
+        best = tl.max(tl.where(visible & (scores == scores), scores, NO_SCORE), axis=1)
+        best = tl.where(broken > 0, NO_SCORE, best)
+        tl.store(scores_ptr + (row * G + m % G) * columns + c, best, mask=live)
+
+
+@jit
+def _topk_blocks_kernel(
+    scores_ptr,
+    positions_ptr,
+    ids_ptr,
+    columns,
+    init_blocks,
+    local_blocks,
+    INIT_SCORE: tl.constexpr,
+    LOCAL_SCORE: tl.constexpr,
+    G: tl.constexpr,
+    PAGE: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """TOPK passes over one row's scores, each for the largest key below the one before.
+
+    The scores stay in the nearest cache; nothing has to be kept sorted, and any number of
+    blocks will do.
+    """
+    at = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + at // G).to(tl.int64)
+    causal = tl.where(position >= 0, position // PAGE + 1, 0).to(tl.int32)
+    slot = tl.arange(0, BLOCK_K)
+    none: tl.constexpr = 0x7FFFFFFF
+    ids = tl.full([BLOCK_K], none, tl.int32)
+    below = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    lowest = tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)
+    c = tl.arange(0, BLOCK)
+    for i in range(0, tl.minimum(causal, TOPK)):
+        best = lowest
+        for start in range(0, causal, BLOCK):
+            block = start + c
+            score = tl.load(scores_ptr + at * columns + block, mask=block < causal, other=0.0)
+            score = tl.where(block < init_blocks, INIT_SCORE, score)
+            score = tl.where(block >= causal - local_blocks, LOCAL_SCORE, score)
+            key = ordered_key(score, block)
+            key = tl.where((block < causal) & (key < below), key, lowest)
+            best = tl.maximum(best, tl.max(key, axis=0))
+        ids = tl.where(slot == i, index_of(best).to(tl.int32), ids)
+        below = best
+    # Ascending ids: the place of each is the number of smaller ones.
+    smaller = (ids[None, :] < ids[:, None]) | (
+        (ids[None, :] == ids[:, None]) & (slot[None, :] < slot[:, None])
+    )
+    place = tl.sum(smaller.to(tl.int32), axis=1)
+    out = tl.where(ids == none, -1, ids)
+    tl.store(ids_ptr + at * TOPK + place, out, mask=place < TOPK)
+
+
+@paired(reference.block_scores)
+def block_scores(
+    index_q: Tensor,
+    index_k_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    max_seq_len: int,
+) -> Tensor:
+    """The best index score in every block of keys, for uniform rows (Q = N / B a sequence).
+
+    S[n, g, c] = max over t in block c, t <= positions[n], t < seq_lens[b] of
+                 index_q[n, g] . index_k[t]; -1e30 where the block holds no such key, or a NaN.
+
+    Shapes  index_q [N, G, Di] contiguous; index_k_cache [num_blocks, block_size, Di]
+            contiguous; positions, block_tables, seq_lens, max_seq_len as attention_dense;
+            returns [N, G, ceil(max_seq_len / block_size)]. Di <= 256, G <= 64.
+    Dtypes  bf16, fp16 or fp32, alike; products and sums in fp32, returned so.
+    Error   1e-5 of |q| |k|. A row's bits do not depend on other sequences.
+    Raises  ValueError when N is no multiple of B, and on another shape, stride or dtype.
+    Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
+    """
+    return _scores(
+        "block_scores",
+        index_q,
+        index_k_cache,
+        positions,
+        block_tables,
+        seq_lens,
+        None,
+        (),
+        max_seq_len,
+        fill=True,
+    )
+
+
+@paired(reference.topk_blocks)
+def topk_blocks(
+    scores: Tensor,
+    positions: Tensor,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """The blocks a row attends to: forced ones first, then by score, lower block id on a tie.
+
+    Of the nb = positions[n] // block_size + 1 causal blocks, c >= nb - local_blocks are forced
+    with score 1e29 and the other c < init_blocks with 1e30; the topk best are taken.
+
+    Shapes  scores [N, G, C] fp32 contiguous, without NaN in causal blocks, the others are not
+            read; positions [N]; returns [N, G, topk] int32, ascending block ids packed to the
+            left, -1 in the slots that are left.
+    Error   none: equal to the reference.
+    Raises  ValueError on another shape, stride or dtype.
+    Source  as block_scores, with the forced blocks of vLLM 0.33.0 (models/minimax_m3/common/ops).
+    """
+    rows, groups, columns = scores.shape
+    require(
+        scores.dtype == torch.float32
+        and scores.is_contiguous()
+        and positions.shape == (rows,)
+        and positions.is_contiguous(),
+        "topk_blocks",
+        scores=scores,
+        positions=positions,
+    )
+    ids = torch.empty(rows, groups, topk, dtype=torch.int32, device=scores.device)
+    if ids.numel():
+        wide = columns > 1024
+        launch = settings("topk_long" if wide else "topk_short", scores)
+        block = launch.pop("BLOCK")
+        _topk_blocks_kernel[(rows * groups,)](
+            scores,
+            positions,
+            ids,
+            columns,
+            init_blocks,
+            local_blocks,
+            INIT_SCORE=INIT_SCORE,
+            LOCAL_SCORE=LOCAL_SCORE,
+            G=groups,
+            PAGE=block_size,
+            TOPK=topk,
+            BLOCK_K=power_of_2(topk),
+            BLOCK=min(block, power_of_2(columns, 16)),
+            **launch,
+        )
+    return ids
+
+
+@paired(reference.index_topk)
+def index_topk(
+    index_q: Tensor,
+    index_k_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    max_seq_len: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """topk_blocks of block_scores, for uniform rows: index q and cache in, block ids out.
+
+    Shapes  inputs as block_scores; returns [N, G, topk] int32 as topk_blocks; all -1 for rows
+            of padding (position -1).
+    Dtypes, Raises  as block_scores.
+    Error   equal to the reference but where two scores are closer than block_scores' error.
+    """
+    scores = _scores(
+        "index_topk",
+        index_q,
+        index_k_cache,
+        positions,
+        block_tables,
+        seq_lens,
+        None,
+        (),
+        max_seq_len,
+        fill=False,
+    )
+    size = index_k_cache.shape[1]
+    return topk_blocks.kernel(scores, positions, size, topk, init_blocks, local_blocks)
+
+
+@paired(reference.index_topk_ragged)
+def index_topk_ragged(
+    index_q: Tensor,
+    index_k_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    q_lens: tuple[int, ...],
+    max_seq_len: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """index_topk with q_lens[b] rows for sequence b; rows past the last are -1.
+
+    Shapes  as index_topk; cu_seqlens_q [B + 1] int32 the running sum of q_lens.
+    Dtypes, Error, Raises  as index_topk.
+    """
+    require(
+        len(q_lens) + 1 == cu_seqlens_q.shape[0]
+        and cu_seqlens_q.is_contiguous()
+        and len(q_lens) == block_tables.shape[0],
+        "index_topk_ragged",
+        cu_seqlens_q=cu_seqlens_q,
+        q_lens=q_lens,
+    )
+    scores = _scores(
+        "index_topk_ragged",
+        index_q,
+        index_k_cache,
+        positions,
+        block_tables,
+        seq_lens,
+        cu_seqlens_q,
+        q_lens,
+        max_seq_len,
+        fill=False,
+    )
+    used, size = sum(q_lens), index_k_cache.shape[1]
+    ids = topk_blocks.kernel(scores[:used], positions[:used], size, topk, init_blocks, local_blocks)
+    if used == index_q.shape[0]:
+        return ids
+    return torch.nn.functional.pad(ids, (0, 0, 0, 0, 0, index_q.shape[0] - used), value=-1)
+
+
+def _scores(
+    name: str,
+    index_q: Tensor,
+    index_k_cache: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    q_lens: tuple[int, ...],
+    max_seq_len: int,
+    *,
+    fill: bool,
+) -> Tensor:
+    """block_scores; without ``fill`` the blocks past a tile's last key are left unwritten."""
+    rows, groups, dim = index_q.shape
+    batch, page = block_tables.shape[0], index_k_cache.shape[1]
+    ragged = cu_seqlens_q is not None
+    require(
+        index_q.is_contiguous()
+        and index_k_cache.is_contiguous()
+        and index_k_cache.shape[2] == dim
+        and index_q.dtype == index_k_cache.dtype
+        and index_q.dtype in FLOATS
+        and dim <= 256
+        and groups <= 64
+        and page <= 256
+        and (ragged or rows % max(batch, 1) == 0)
+        and positions.shape == (rows,)
+        and positions.is_contiguous()
+        and block_tables.dtype == torch.int32
+        and block_tables.stride(1) == 1
+        and seq_lens.shape == (batch,)
+        and seq_lens.is_contiguous(),
+        name,
+        index_q=index_q,
+        index_k_cache=index_k_cache,
+        positions=positions,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+    )
+    columns = cdiv(max_seq_len, page)
+    scores = torch.empty(rows, groups, columns, dtype=torch.float32, device=index_q.device)
+    per_seq = max(q_lens, default=0) if ragged else rows // max(batch, 1)
+    if not per_seq or not scores.numel():
+        return scores
+    launch = settings("index_scores_prefill" if ragged else "index_scores_decode", index_q)
+    block_m = max(min(power_of_2(per_seq * groups, 16), launch.pop("MAX_M")), power_of_2(groups))
+    _block_scores_kernel[(cdiv(columns, launch["PAGES"]), cdiv(per_seq, block_m // groups), batch)](
+        index_q,
+        index_k_cache,
+        scores,
+        positions,
+        block_tables,
+        seq_lens,
+        seq_lens if cu_seqlens_q is None else cu_seqlens_q,
+        index_q.stride(0),
+        block_tables.stride(0),
+        per_seq,
+        columns,
+        NO_SCORE=NO_SCORE,
+        G=groups,
+        D=dim,
+        PAGE=page,
+        RAGGED=ragged,
+        FILL=fill,
+        DOT=dot_dtype(index_q.dtype),
+        BLOCK_M=block_m,
+        BLOCK_P=power_of_2(page, 16),
+        BLOCK_D=power_of_2(dim, 16),
+        **launch,
+    )
+    return scores

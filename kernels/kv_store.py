@@ -1,0 +1,306 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""From the rows of the qkv projection to rotated queries and written caches."""
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels import paired
+from eaglerun.kernels.language import FLOATS, cdiv, jit, power_of_2, require, tl
+from eaglerun.kernels.launch import settings
+from eaglerun.kernels.reference import kv_store as reference
+
+
+@jit
+def _norm_rope_store(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    table_ptr,
+    heads,
+    live,
+    eps,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """y[h] = rope(norm(x[h])) for heads side by side, of one row.
+
+    A head is read in three pieces: the two halves that turn with each other, and the rest.
+    """
+    j = tl.arange(0, BLOCK_HALF)
+    turned = live[:, None] & (j < HALF)[None, :]
+    at = heads[:, None] * D + j[None, :]
+    a = tl.load(x_ptr + at, mask=turned, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + at + HALF, mask=turned, other=0.0).to(tl.float32)
+    if BLOCK_REST:
+        r = tl.arange(0, BLOCK_REST)
+        passed = live[:, None] & (r < D - 2 * HALF)[None, :]
+        rest_at = heads[:, None] * D + 2 * HALF + r[None, :]
+        c = tl.load(x_ptr + rest_at, mask=passed, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
+        if BLOCK_REST:
+            squares += tl.sum(c * c, axis=1)
+        scale = tl.rsqrt(squares / D + eps)[:, None]
+        wa = tl.load(weight_ptr + j, mask=j < HALF, other=0.0).to(tl.float32)
+        wb = tl.load(weight_ptr + HALF + j, mask=j < HALF, other=0.0).to(tl.float32)
+        a = a * scale * (1.0 + wa)[None, :]
+        b = b * scale * (1.0 + wb)[None, :]
+        if BLOCK_REST:
+            wc = tl.load(weight_ptr + 2 * HALF + r, mask=r < D - 2 * HALF, other=0.0)
+            c = c * scale * (1.0 + wc.to(tl.float32))[None, :]
+    cos = tl.load(table_ptr + j, mask=j < HALF, other=1.0)[None, :]
+    sin = tl.load(table_ptr + HALF + j, mask=j < HALF, other=0.0)[None, :]
+    tl.store(y_ptr + at, a * cos - b * sin, mask=turned)
+    tl.store(y_ptr + at + HALF, b * cos + a * sin, mask=turned)
+    if BLOCK_REST:
+        tl.store(y_ptr + rest_at, c, mask=passed)
+
+
+@jit
+def _kv_store_kernel(
+    qkv_ptr,
+    positions_ptr,
+    slots_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    index_q_norm_ptr,
+    index_k_norm_ptr,
+    table_ptr,
+    q_ptr,
+    index_q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    index_cache_ptr,
+    qkv_row,
+    max_positions,
+    eps,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    INDEX_D: tl.constexpr,
+    HALF: tl.constexpr,
+    SHIFT: tl.constexpr,
+    NORM: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INDEX_REST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    position = tl.load(positions_ptr + row).to(tl.int64) - SHIFT
+    position = tl.minimum(tl.maximum(position, 0), max_positions - 1)
+    cos_sin = table_ptr + position * (2 * HALF)
+    x = qkv_ptr + row * qkv_row
+    if tile < (H + BLOCK_H - 1) // BLOCK_H:
+        heads = tile * BLOCK_H + tl.arange(0, BLOCK_H)
+        _norm_rope_store(
+            x, q_ptr + row * H * D, q_norm_ptr, cos_sin, heads, heads < H, eps,
+            D, HALF, NORM, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    else:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+        groups = tl.arange(0, BLOCK_G)
+        written = groups < tl.where(slot >= 0, G, 0)
+        _norm_rope_store(
+            x + H * D, k_cache_ptr + slot * (G * D), k_norm_ptr, cos_sin, groups, written, eps,
+            D, HALF, NORM, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+        d = tl.arange(0, BLOCK_D)
+        at = groups[:, None] * D + d[None, :]
+        live = written[:, None] & (d < D)[None, :]
+        v = tl.load(x + (H + G) * D + at, mask=live, other=0.0)
+        tl.store(v_cache_ptr + slot * (G * D) + at, v, mask=live)
+        if INDEX:
+            x += (H + 2 * G) * D
+            _norm_rope_store(
+                x, index_q_ptr + row * (G * INDEX_D), index_q_norm_ptr, cos_sin,
+                groups, groups < G, eps, INDEX_D, HALF, NORM, BLOCK_HALF, INDEX_REST,
+            )  # fmt: skip
+            one = tl.arange(0, 1)
+            _norm_rope_store(
+                x + G * INDEX_D, index_cache_ptr + slot * INDEX_D, index_k_norm_ptr, cos_sin,
+                one, one < tl.where(slot >= 0, 1, 0), eps,
+                INDEX_D, HALF, NORM, BLOCK_HALF, INDEX_REST,
+            )  # fmt: skip
+
+
+@paired(reference.kv_store)
+def kv_store(
+    qkv: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    table: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Per-head Gemma norm and partial RoPE of q and k, and the write of k and v.
+
+    q = rope(gemma_rmsnorm(q, q_norm)), k = rope(gemma_rmsnorm(k, k_norm)), v as it is: norm
+    first, rope second, unrounded in between.
+
+    Shapes  qkv [N, (H + 2 G) * D], columns q, k, v, rows of any stride; positions, kv_slots [N];
+            q_norm, k_norm [D]; table [max_positions, rotary_dim]; caches [num_blocks,
+            block_size, G, D] contiguous; returns q [N, H, D] contiguous. N may be 0.
+    Dtypes  bf16, fp16 or fp32, norm weights the same or fp32, table fp32; fp32 inside, one cast
+            to qkv.dtype; caches of that dtype.
+    Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
+    Error   2 ulp of qkv.dtype at the head's largest value; v bit for bit. A row's bits do not
+            depend on the others.
+    Raises  ValueError on another shape, stride or dtype.
+    Source  MiniMaxM3VLAttention (transformers 5.23, models/minimax_m3_vl).
+    """
+    return _store(
+        "kv_store", qkv, positions, kv_slots, (q_norm, k_norm), table, eps, k_cache, v_cache
+    )[0]
+
+
+@paired(reference.kv_index_store)
+def kv_index_store(
+    qkv: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    index_q_norm: Tensor,
+    index_k_norm: Tensor,
+    table: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    index_k_cache: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """kv_store of a layer with an indexer: the row goes on with index q and index k.
+
+    Shapes  qkv [N, (H + 2 G) * D + (G + 1) * Di], columns q, k, v, index q, index k;
+            index_q_norm, index_k_norm [Di]; index_k_cache [num_blocks, block_size, Di]
+            contiguous; returns q [N, H, D] and index q [N, G, Di], contiguous.
+    Dtypes, Error, Raises  as kv_store.
+    Writes  k_cache, v_cache, index_k_cache at kv_slots >= 0, nowhere else.
+    """
+    norms = (q_norm, k_norm, index_q_norm, index_k_norm)
+    return _store(
+        "kv_index_store",
+        qkv,
+        positions,
+        kv_slots,
+        norms,
+        table,
+        eps,
+        k_cache,
+        v_cache,
+        index_k_cache,
+    )
+
+
+@paired(reference.draft_kv_store)
+def draft_kv_store(
+    qkv: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """RoPE of the draft's q and k without a norm, and the write of k and v.
+
+    The row stored at position p rotates by clamp(p - 1, 0, max_positions - 1).
+
+    Shapes  qkv [N, (H + 2 G) * D], columns q, k, v; H may be 0 (k and v alone are filled); all
+            else as kv_store.
+    Dtypes, Writes, Error, Raises  as kv_store.
+    """
+    return _store("draft_kv_store", qkv, positions, kv_slots, (), table, 0.0, k_cache, v_cache)[0]
+
+
+def _store(
+    name: str,
+    qkv: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    norms: tuple[Tensor, ...],
+    table: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    index_k_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    groups, dim = k_cache.shape[2:]
+    index_dim = 0 if index_k_cache is None else index_k_cache.shape[2]
+    index_columns = (groups + 1) * index_dim if index_dim else 0
+    heads, rest = divmod(qkv.shape[1] - index_columns, dim)
+    heads -= 2 * groups
+    rotary = table.shape[1]
+    caches = (k_cache, v_cache) if index_k_cache is None else (k_cache, v_cache, index_k_cache)
+    sizes = (dim, dim, index_dim, index_dim)
+    require(
+        not rest
+        and heads >= 0
+        and qkv.stride(1) == 1
+        and qkv.dtype in FLOATS
+        and rotary % 2 == 0
+        and rotary <= min(dim, index_dim or dim)
+        and table.dtype == torch.float32
+        and k_cache.shape == v_cache.shape
+        and all(c.is_contiguous() and c.dtype == qkv.dtype for c in caches)
+        and all(t.is_contiguous() for t in (positions, kv_slots, table, *norms))
+        and all(n.dtype in (qkv.dtype, torch.float32) for n in norms)
+        and all(n.shape == (size,) for n, size in zip(norms, sizes, strict=False)),
+        name,
+        qkv=qkv,
+        positions=positions,
+        table=table,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        index_k_cache=index_k_cache,
+    )
+    rows = qkv.shape[0]
+    q = torch.empty(rows, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    index_q = q.new_empty(rows, groups, index_dim)
+    if rows:
+        launch = settings("kv_store", qkv)
+        # Pointers that a kernel without norms or indexer never follows.
+        q_norm, k_norm = norms[:2] if norms else (table, table)
+        index_q_norm, index_k_norm = norms[2:] if index_dim else (table, table)
+        _kv_store_kernel[(rows, cdiv(heads, launch["BLOCK_H"]) + 1)](
+            qkv,
+            positions,
+            kv_slots,
+            q_norm,
+            k_norm,
+            index_q_norm,
+            index_k_norm,
+            table,
+            q,
+            index_q,
+            k_cache,
+            v_cache,
+            k_cache if index_k_cache is None else index_k_cache,
+            qkv.stride(0),
+            table.shape[0],
+            eps,
+            H=heads,
+            G=groups,
+            D=dim,
+            INDEX_D=index_dim,
+            HALF=rotary // 2,
+            SHIFT=0 if norms else 1,
+            NORM=bool(norms),
+            INDEX=index_dim > 0,
+            BLOCK_G=power_of_2(groups),
+            BLOCK_D=power_of_2(dim),
+            BLOCK_HALF=power_of_2(rotary // 2),
+            BLOCK_REST=power_of_2(dim - rotary) if dim > rotary else 0,
+            INDEX_REST=power_of_2(index_dim - rotary) if index_dim > rotary else 0,
+            **launch,
+        )
+    return q, index_q

@@ -1,0 +1,74 @@
+"""Triton where it is installed. It is the one place that imports it.
+
+Without it the ops still import and run their references; launching a kernel says what is missing.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+tl: Any
+if INSTALLED:
+    import triton
+
+    tl = triton.language
+else:
+
+    class _Language:
+        constexpr = Any
+
+    tl = _Language
+
+
+class _Missing:
+    """What jit makes of a kernel without Triton."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getitem__(self, grid: object) -> Any:
+        raise ModuleNotFoundError(f"{self._name}: a kernel needs triton, which is not installed")
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """triton.jit; launched as kernel[grid](*args, **settings)."""
+    return triton.jit(kernel) if INSTALLED else _Missing(kernel.__name__)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return INSTALLED and bool(triton.knobs.runtime.interpret)
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """What the operands of a matrix product are cast to: their dtype, and float32 in the
+    interpreter, whose bfloat16 arithmetic is wrong without a word."""
+    return tl.float32 if interpreting() else getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int, at_least: int = 1) -> int:
+    """The smallest power of two that is at least n and ``at_least`` (itself one)."""
+    return max(at_least, 1 << max(n - 1, 0).bit_length())
+
+
+def require(fits: bool, name: str, /, **tensors: object) -> None:
+    """Raise  ValueError with the shape, strides and dtype of what a kernel cannot take."""
+    if not fits:
+        told = ", ".join(
+            f"{key} {tuple(t.shape)} strides {t.stride()} {t.dtype}"
+            if isinstance(t, torch.Tensor)
+            else f"{key} {t}"
+            for key, t in tensors.items()
+        )
+        raise ValueError(f"{name}: no kernel for {told}")
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)

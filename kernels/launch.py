@@ -1,0 +1,173 @@
+"""How each kernel is launched on each kind of device: the one place that knows architectures.
+
+A row holds tile sizes (upper case, as the kernel names them), num_warps and num_stages. A name
+with "/4" is for elements of four bytes, where tiles of the two-byte row would not fit. The table
+was measured on an H200 (recipes/kernels-h200.md); the AMD rows are compiled and fit, not timed.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels.language import interpreting
+
+Settings = dict[str, int]
+
+_EVERYWHERE: dict[str, Settings] = {
+    "one_warp": {"num_warps": 1},
+    "copy": {"BLOCK": 1024, "num_warps": 4},
+    "rmsnorm": {"num_warps": 8},
+    "swiglu": {"BLOCK": 1024, "num_warps": 4},
+    "kv_store": {"BLOCK_H": 16, "num_warps": 4},
+    "vocab_argmax": {"BLOCK": 4096, "num_warps": 8},
+    "gumbel": {"BLOCK": 2048, "num_warps": 8},
+    "attention_merge": {"num_warps": 4},
+    "topk_short": {"BLOCK": 1024, "num_warps": 1},
+    "topk_long": {"BLOCK": 4096, "num_warps": 4},
+    "route_choose": {"BLOCK_T": 16, "num_warps": 4},
+    "route_count": {"BLOCK": 1024, "num_warps": 4},
+    "moe_sort": {"BLOCK": 1024, "num_warps": 4},
+    "moe_combine": {"BLOCK": 512, "num_warps": 4},
+}
+
+_SM_90: dict[str, Settings] = _EVERYWHERE | {
+    "attention_decode": {
+        "CHUNK": 256, "MAX_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3,
+    },
+    "attention_prefill": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+    "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "attention_sparse_prefill": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "index_scores_decode": {"MAX_M": 64, "PAGES": 2, "num_warps": 4, "num_stages": 2},
+    "index_scores_prefill": {"MAX_M": 128, "PAGES": 8, "num_warps": 8, "num_stages": 3},
+    "route_logits": {
+        "SPLITS": 16, "BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3,
+    },
+    "route_logits_many": {
+        "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
+    },
+    "moe_up_few": {
+        "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 4,
+    },
+    "moe_down_few": {"BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 5},
+    "moe_up_some": {
+        "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 4,
+    },
+    "moe_down_some": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 4},
+    "moe_up_many": {
+        "BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 4,
+    },
+    "moe_down_many": {"BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 4},
+}  # fmt: skip
+
+# Four-byte elements: tests and small models, where being right is all that counts.
+_WIDE: dict[str, Settings] = {
+    "attention_decode/4": {
+        "CHUNK": 256, "MAX_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
+    },
+    "attention_prefill/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_decode/4": {"PER_SPLIT": 2, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_prefill/4": {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    "index_scores_decode/4": {"MAX_M": 32, "PAGES": 2, "num_warps": 4, "num_stages": 1},
+    "index_scores_prefill/4": {"MAX_M": 32, "PAGES": 8, "num_warps": 4, "num_stages": 1},
+    "route_logits/4": {
+        "SPLITS": 16, "BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1,
+    },
+    "route_logits_many/4": {
+        "SPLITS": 4, "BLOCK_T": 32, "BLOCK_E": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1,
+    },
+    **{
+        f"moe_{product}_{regime}/4": {
+            **({"BLOCK_T": 16 if regime == "few" else 32} if product == "up" else {}),
+            "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 1, "num_warps": 4, "num_stages": 1,
+        }
+        for product in ("up", "down")
+        for regime in ("few", "some", "many")
+    },
+}  # fmt: skip
+
+_AMD: dict[str, Settings] = _EVERYWHERE | {
+    "attention_decode": {"CHUNK": 256, "MAX_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "attention_prefill": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_prefill": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "index_scores_decode": {"MAX_M": 64, "PAGES": 2, "num_warps": 4, "num_stages": 1},
+    "index_scores_prefill": {"MAX_M": 64, "PAGES": 8, "num_warps": 4, "num_stages": 1},
+    "route_logits": {
+        "SPLITS": 16, "BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2,
+    },
+    "route_logits_many": {
+        "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2,
+    },
+    "moe_up_few": {
+        "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 2,
+    },
+    "moe_down_few": {"BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 2},
+    "moe_up_some": {
+        "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 2,
+    },
+    "moe_down_some": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 2},
+    "moe_up_many": {
+        "BLOCK_T": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 2,
+    },
+    "moe_down_many": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 2},
+}  # fmt: skip
+
+TABLE: dict[str, dict[str, Settings]] = {
+    "sm_90": _SM_90 | _WIDE,
+    "gfx942": _AMD | _WIDE,
+    "gfx950": _AMD | _WIDE,
+}
+
+_forced: str | None = None
+
+
+def settings(name: str, x: Tensor) -> Settings:
+    """The launch settings of ``name`` for the device and element size of x: a new dict.
+
+    Raises  ValueError on a device that is not in the table.
+    """
+    table = TABLE[_arch_of(x)]
+    wide = table.get(f"{name}/4") if x.element_size() == 4 else None
+    return dict(table[name] if wide is None else wide)
+
+
+def moe_regime(x: Tensor, pairs: int, experts: int) -> str:
+    """few, some or many rows an expert: what reads weights, what is between, what computes."""
+    if pairs <= 16 * experts:
+        return "few"
+    return "some" if pairs <= 96 * experts else "many"
+
+
+@contextlib.contextmanager
+def for_arch(arch: str) -> Iterator[None]:
+    """Take the settings of ``arch`` whatever the device: compiling ahead of time."""
+    global _forced
+    before, _forced = _forced, arch
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _arch_of(x: Tensor) -> str:
+    if _forced is not None:
+        return _forced
+    if not x.is_cuda and interpreting():
+        return "sm_90"
+    return _arch(x.device)
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    if device.type != "cuda":
+        raise ValueError(f"no kernels for {device}: a CPU tensor takes the reference")
+    found = torch.cuda.get_device_properties(device)
+    arch = f"sm_{found.major}{found.minor}"
+    if torch.version.hip:
+        arch = found.gcnArchName.split(":")[0]
+    if arch not in TABLE:
+        raise ValueError(f"no launch settings for {arch} ({found.name}); have {', '.join(TABLE)}")
+    return arch

@@ -1,0 +1,130 @@
+"""Calls of every kernel at MiniMax-M3's shapes, on any device: on "meta" there is only the shape.
+
+M3: hidden 6144, 64 query heads and 4 groups of 128, 4 index heads of 128, 128 experts of 3072,
+vocabulary 200064, blocks of 128 keys, the top 16; the draft: hidden 6144, 3 taps, MLP 18432.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eaglerun.kernels import Op
+from eaglerun.kernels.accept import accept
+from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
+from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
+from eaglerun.kernels.carry import store_carry
+from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
+from eaglerun.kernels.draft_inputs import draft_inputs, kv_slots_of, verify_inputs
+from eaglerun.kernels.index_topk import block_scores, index_topk, index_topk_ragged
+from eaglerun.kernels.kv_store import draft_kv_store, kv_index_store, kv_store
+from eaglerun.kernels.moe_gemm import moe_gemm
+from eaglerun.kernels.moe_route import moe_route
+from eaglerun.kernels.noise import gumbel, gumbel_argmax, uniform
+from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm, add_rmsnorm, gemma_rmsnorm, rmsnorm
+from eaglerun.kernels.swiglu_oai import swiglu, swiglu_oai
+from eaglerun.kernels.vocab_argmax import vocab_argmax
+
+Call = tuple[Op[..., Any], tuple[Any, ...]]
+
+HIDDEN, HEADS, GROUPS, DIM, INDEX_DIM, BLOCK, TOPK = 6144, 64, 4, 128, 128, 128, 16
+EXPERTS, WIDTH, VOCAB, DRAFT_WIDTH = 128, 3072, 200064, 18432
+
+
+def calls(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator[Call]:
+    """Every op, and each way its launch table has of running it."""
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def ints(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return new(*shape, dtype=dtype)
+
+    yield from _rowwise(new, ints)
+    for rows, batch, blocks in ((1, 1, 16), (8, 2, 1024), (32, 4, 8192), (256, 64, 64)):
+        yield from _attention(new, ints, rows, batch, blocks)
+    yield from _prefill(new, ints)
+    for rows in (1, 4, 64, 1024, 8192):
+        x, positions = new(rows, HIDDEN), ints(rows)
+        gate, bias = new(EXPERTS, HIDDEN, dtype=torch.float32), new(EXPERTS, dtype=torch.float32)
+        yield moe_route, (x, gate, bias, positions, 4, 2.0, ints(1))
+        yield moe_route, (x, gate, bias, positions, 4, 2.0, ints(1), 1)
+        w13, w2 = new(EXPERTS, 2 * WIDTH, HIDDEN), new(EXPERTS, HIDDEN, WIDTH)
+        ids, weights = ints(rows, 4, dtype=torch.int32), new(rows, 4, dtype=torch.float32)
+        yield moe_gemm, (x, w13, w2, ids, weights, 1.702, 7.0, 1.0, new(rows, HIDDEN))
+
+
+def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
+    x, weight = new(4, HIDDEN), new(HIDDEN)
+    yield rmsnorm, (x, weight, 1e-6)
+    yield gemma_rmsnorm, (x, weight, 1e-6)
+    yield add_rmsnorm, (x, x, weight, 1e-6)
+    yield add_gemma_rmsnorm, (x, x, weight, 1e-6)
+    yield group_rmsnorm, (new(3, 8, HIDDEN)[:, :4].transpose(0, 1), new(3, HIDDEN), 1e-6)
+    yield dual_rmsnorm_cat, (x, x, weight, weight, 1e-6)
+    yield swiglu_oai, (new(4, 2 * WIDTH), 1.702, 7.0, 1.0)
+    yield swiglu, (new(4, 2 * DRAFT_WIDTH),)
+    yield store_carry, (x, ints(4), new(32, HIDDEN), BLOCK)
+    yield accept, (ints(4, 4), new(4, 3, dtype=torch.bool), ints(4))
+    table = ints(4, 64, dtype=torch.int32)
+    yield kv_slots_of, (ints(4, 4), table, BLOCK)
+    yield verify_inputs, (ints(4), ints(4), ints(4, 7), ints(4, 3)[:, 1], table, BLOCK, 4)
+    yield draft_inputs, (ints(4), 1, ints(4, 3)[:, 2], table, BLOCK)
+    yield vocab_argmax, (new(4, VOCAB),)
+    yield vocab_argmax, (new(4, VOCAB, dtype=torch.float32),)
+    yield uniform, (ints(4), ints(4), 1)
+    yield gumbel, (ints(4), ints(4), 0, VOCAB)
+    yield gumbel_argmax, (new(4, VOCAB, dtype=torch.float32), ints(4), ints(4), 0)
+    k, index_k = new(8, BLOCK, GROUPS, DIM), new(8, BLOCK, INDEX_DIM)
+    norm = new(DIM)
+    main = (HEADS + 2 * GROUPS) * DIM
+    qkv = new(4, main + (GROUPS + 1) * INDEX_DIM)
+    rows, rope = (ints(4), ints(4)), new(4096, 64, dtype=torch.float32)
+    yield kv_store, (qkv[:, :main], *rows, norm, norm, rope, 1e-6, k, k)
+    yield kv_index_store, (qkv, *rows, norm, norm, norm, norm, rope, 1e-6, k, k, index_k)
+    rope = new(4096, DIM, dtype=torch.float32)
+    yield draft_kv_store, (qkv[:, :main], *rows, rope, k, k)
+    yield draft_kv_store, (new(4, 2 * GROUPS * DIM), *rows, rope, k, k)
+    k = new(8, BLOCK, HEADS, DIM)
+    yield draft_kv_store, (new(4, 3 * HEADS * DIM), *rows, rope, k, k)
+
+
+def _attention(new: Any, ints: Any, rows: int, batch: int, blocks: int) -> Iterator[Call]:
+    q, index_q = new(rows, HEADS, DIM), new(rows, GROUPS, INDEX_DIM)
+    k, index_k = new(64, BLOCK, GROUPS, DIM), new(64, BLOCK, INDEX_DIM)
+    where = (
+        ints(rows),
+        ints(batch, blocks, dtype=torch.int32),
+        ints(batch, dtype=torch.int32),
+        blocks * BLOCK,
+    )
+    yield attention_dense, (q, k, k, *where, 0.1)
+    # The draft's two forms: it has no key at position 0.
+    yield attention_dense, (q, k, k, *where, 0.1, 1)
+    heads = new(64, BLOCK, HEADS, DIM)
+    yield attention_dense, (q, heads, heads, *where, 0.1, 1)
+    yield block_scores, (index_q, index_k, *where)
+    yield index_topk, (index_q, index_k, *where, TOPK, 0, 1)
+    ids = ints(rows, GROUPS, TOPK, dtype=torch.int32)
+    yield attention_sparse, (q, k, k, ids, *where, 0.1)
+
+
+def _prefill(new: Any, ints: Any) -> Iterator[Call]:
+    q_lens, rows = (1024, 1000), 2048
+    q, index_q = new(rows, HEADS, DIM), new(rows, GROUPS, INDEX_DIM)
+    k, index_k = new(64, BLOCK, GROUPS, DIM), new(64, BLOCK, INDEX_DIM)
+    where = (
+        ints(rows),
+        ints(2, 64, dtype=torch.int32),
+        ints(2, dtype=torch.int32),
+        ints(3, dtype=torch.int32),
+        q_lens,
+        8192,
+    )
+    yield attention_dense_ragged, (q, k, k, *where, 0.1)
+    heads = new(64, BLOCK, HEADS, DIM)
+    yield attention_dense_ragged, (q, heads, heads, *where, 0.1, 1)
+    yield index_topk_ragged, (index_q, index_k, *where, TOPK, 0, 1)
+    ids = ints(rows, GROUPS, TOPK, dtype=torch.int32)
+    yield attention_sparse_ragged, (q, k, k, ids, *where, 0.1)
