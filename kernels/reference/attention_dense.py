@@ -5,7 +5,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference import remember_last, wide
 
 
 def attention_dense(
@@ -98,6 +98,7 @@ def check_rows(name: str, q: Tensor, k_cache: Tensor, block_tables: Tensor) -> N
         )
 
 
+@remember_last
 def visible_keys(
     positions: Tensor,
     block_tables: Tensor,
@@ -126,6 +127,12 @@ def visible_keys(
     return visible, slots
 
 
+@remember_last
+def _group_cells(slots: Tensor, groups: int) -> Tensor:
+    """Rows of a cache seen as [num_blocks * block_size * G, D]: [B * G * L], group by group."""
+    return (slots[:, None] * groups + torch.arange(groups, device=slots.device)[:, None]).flatten()
+
+
 def attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, visible: Tensor, scale: float
 ) -> Tensor:
@@ -137,9 +144,9 @@ def attend(
     if not q.numel() or not length:
         return torch.zeros_like(q)
     # Cells of one group are gathered side by side: k, v [B * G, L, D], ready for bmm.
-    cells = slots[:, None] * groups + torch.arange(groups, device=q.device)[:, None]
-    k = wide(k_cache.view(-1, dim).index_select(0, cells.flatten())).view(-1, length, dim)
-    v = wide(v_cache.view(-1, dim).index_select(0, cells.flatten())).view(-1, length, dim)
+    cells = _group_cells(slots, groups)
+    k = wide(k_cache.view(-1, dim).index_select(0, cells)).view(-1, length, dim)
+    v = wide(v_cache.view(-1, dim).index_select(0, cells)).view(-1, length, dim)
     grouped = wide(q).view(batch, rows, groups, ratio, dim).transpose(1, 2)
     scores = torch.bmm(grouped.reshape(-1, rows * ratio, dim), k.transpose(1, 2)) * scale
     scores = scores.view(batch, groups, rows, ratio, length)

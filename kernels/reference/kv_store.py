@@ -7,7 +7,7 @@ keys), contiguous; kv_slot = block * block_size + offset; a slot of -1 writes no
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference import remember_last, wide
 from eaglerun.kernels.reference.rmsnorm import gemma_rmsnorm
 from eaglerun.kernels.reference.rope import rope
 
@@ -134,7 +134,13 @@ def _norm_rope(
 
 def _write(kv_slots: Tensor, *writes: tuple[Tensor, Tensor]) -> None:
     """cache[slot of row n] = rows[n] for every (cache, rows), where the row has a slot."""
-    used = kv_slots >= 0
-    slots = kv_slots[used]
+    slots, used = _used(kv_slots)
     for cache, rows in writes:
-        cache.flatten(0, 1).index_copy_(0, slots, rows[used])
+        cache.flatten(0, 1).index_copy_(0, slots, rows if used is None else rows[used])
+
+
+@remember_last
+def _used(kv_slots: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The slots that are written, and their rows; None where all are."""
+    rows = (kv_slots >= 0).nonzero()[:, 0]
+    return (kv_slots, None) if len(rows) == len(kv_slots) else (kv_slots[rows], rows)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eaglerun.kernels.reference import wide
 from eaglerun.kernels.reference.swiglu_oai import swiglu_oai
@@ -38,23 +39,17 @@ def moe_gemm(
     counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
     pairs = flat.argsort(stable=True)[counts[0] :]
     rows = pairs // topk
-    inputs = wide(x)[rows]
-    gate_up = inputs.new_empty(len(pairs), w13.shape[1])
-    _per_expert(inputs, w13, counts[1:], gate_up)
+    hit = [(expert, count) for expert, count in enumerate(counts[1:]) if count]
+    gate_up = _per_expert(wide(x)[rows], w13, hit)
     activated = wide(swiglu_oai(gate_up, alpha, limit, beta).to(x.dtype))
-    outputs = inputs.new_empty(len(pairs), w2.shape[1])
-    _per_expert(activated, w2, counts[1:], outputs)
-    outputs *= weights.flatten()[pairs, None]
+    outputs = _per_expert(activated, w2, hit)
+    outputs = outputs * weights.flatten()[pairs, None]
     total = torch.zeros_like(wide(x)) if shared is None else wide(shared).clone()
     return total.index_add_(0, rows, outputs).to(x.dtype)
 
 
-def _per_expert(x: Tensor, w: Tensor, counts: list[int], out: Tensor) -> None:
-    """out = x w[e]^T for each expert's rows, which lie side by side; experts without rows cost
-    nothing, and no weight is copied."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            stop = start + count
-            torch.mm(x[start:stop], wide(w[expert]).t(), out=out[start:stop])
-            start = stop
+def _per_expert(x: Tensor, w: Tensor, hit: list[tuple[int, int]]) -> Tensor:
+    """x w[e]^T for each expert's rows, which lie side by side; no weight is copied."""
+    parts = x.split([count for _, count in hit]) if hit else ()
+    done = [F.linear(part, wide(w[e])) for part, (e, _) in zip(parts, hit, strict=True)]
+    return torch.cat(done) if done else x.new_empty(0, w.shape[1])

@@ -1,7 +1,7 @@
 """RMS normalisation in the draft's form (plain weight) and the target's (weight + 1)."""
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eaglerun.kernels.reference import wide
 
@@ -56,7 +56,7 @@ def add_gemma_rmsnorm(
 
 
 def _unit_rms(x: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps)
 
 
 def _completed(name: str, x: Tensor, residual: Tensor) -> Tensor:

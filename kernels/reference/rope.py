@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference import remember_last, wide
 
 
 def rope_table(
@@ -45,8 +45,16 @@ def rope(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     if rotary_dim > x.shape[-1]:
         raise ValueError(f"rope: x {tuple(x.shape)}, rotary_dim {rotary_dim}")
     half = rotary_dim // 2
-    cos, sin = table[positions.clamp(0, table.shape[0] - 1), None].chunk(2, dim=-1)
+    cos, sin = _rotation(positions, table)
     full = wide(x)
     first, second = full[..., :half], full[..., half:rotary_dim]
     turned = (first * cos - second * sin, second * cos + first * sin, full[..., rotary_dim:])
     return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+@remember_last
+def _rotation(positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each row, [N, 1, rotary_dim / 2]."""
+    rows = table[positions.clamp(0, table.shape[0] - 1), None]
+    half = rows.shape[-1] // 2
+    return rows[..., :half], rows[..., half:]
