@@ -40,7 +40,7 @@ class Plan:
     short_prompts: int = 100_000
     long_prompts: int = 1_500
     max_new: int = 320
-    speak_batch: int = 4096
+    speak_batch: int = 6144
     short_rows: int = 64  # rows of 512 in a step
     long_rows: int = 4  # rows of 2,048, every long_every steps
     long_every: int = 6
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True, help="folder of the target")
     parser.add_argument("--out", type=Path, required=True, help="folder for the draft")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=7.5, help="time until training ends")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time until training ends")
     parser.add_argument("--prompts", type=Path, help="JSON lines; default: our generator")
     parser.add_argument("--taps", type=int, nargs="+", help="target layers whose input is tapped")
     parser.add_argument("--width", type=int, help="width of the MLP")

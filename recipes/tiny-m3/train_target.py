@@ -230,7 +230,8 @@ def evaluate(plan: Plan, folder: Path, device: torch.device) -> dict[str, object
             share, length, _ = speaker.needles(items, full, 16 if small else 80)
             report[f"needle_{length:.0f}_{name}"] = share
     rng = random.Random(evalsets.EVAL_SEED)
-    for task in sorted(set(tasks.SHORT) - {"word", "story", "talk", "conversation"}):  # one right answer
+    several_answers = {"word", "story", "talk", "conversation"}
+    for task in sorted(set(tasks.SHORT) - several_answers):
         samples = [tasks.choose_mode(tasks.SHORT[task][0](rng), task, "enabled", rng)
                    for _ in range(n // 4)]  # fmt: skip
         report[f"same_text_{task}"] = speaker.same_text(samples, 16 if small else 200)

@@ -20,7 +20,7 @@ class Sampling:
 
 
 # Attention scores of one layer of a prompt's forward: what limits a batch of long prompts.
-MAX_SCORES = 1_500_000_000
+MAX_SCORES = 2_000_000_000
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def generate(
     start = 0
     while start < len(order):
         longest = len(prompts[order[start]])
-        scores = model.config.num_heads * longest * (longest + sampling.max_new)
+        scores = model.config.num_heads * longest * longest
         size = max(1, min(batch, MAX_SCORES // scores))
         part = order[start : start + size]
         texts = _generate_batch(model, [prompts[i] for i in part], sampling, eos)
@@ -60,9 +60,10 @@ def _generate_batch(
     full = torch.full((b,), sampling.full_attention, device=device)
     table = torch.full((b, sampling.max_new), eos, device=device)
     # Padding behind a short prompt writes keys that no query sees before they are overwritten.
-    caches = model.make_caches(b, longest + sampling.max_new, device)
+    caches = model.make_caches(b, _round_up(longest + sampling.max_new), device)
     positions = torch.arange(longest, device=device).expand(b, -1)
-    hidden = model(ids, positions, full, caches=caches)[0][rows, lengths - 1]
+    used = _first(caches, longest)
+    hidden = model(ids, positions, full, caches=used)[0][rows, lengths - 1]
     generator = torch.Generator(device).manual_seed(sampling.seed)
     done = torch.zeros(b, dtype=torch.bool, device=device)
     for i in range(sampling.max_new):
@@ -78,8 +79,19 @@ def _generate_batch(
                 t[keep] for t in (rows, lengths, full, token, done)
             )
             caches = [LayerCache(c.k[keep], c.v[keep], c.index_k[keep]) for c in caches]
-        hidden = model(token[:, None], (lengths + i)[:, None], full, caches=caches)[0][:, 0]
+        used = _first(caches, longest + i + 1)
+        hidden = model(token[:, None], (lengths + i)[:, None], full, caches=used)[0][:, 0]
     return [_until(row, eos) for row in table.tolist()]
+
+
+def _round_up(n: int) -> int:
+    return -(-n // 64) * 64
+
+
+def _first(caches: list[LayerCache], n: int) -> list[LayerCache]:
+    """Views of the first n positions, and a few more: later ones are not used yet."""
+    n = _round_up(n)
+    return [LayerCache(c.k[:, :, :n], c.v[:, :, :n], c.index_k[:, :, :n]) for c in caches]
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
