@@ -25,6 +25,7 @@ from eaglerun.engine import Engine
 from eaglerun.llm import LLM
 from eaglerun.loader import Models
 from eaglerun.messages import SamplingParams
+from eaglerun.models import minimax_m3
 from eaglerun.models.loading import load_target
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.spec import TargetSpec, read_checkpoint_config
@@ -155,8 +156,10 @@ def golden_greedy(model: MiniMaxM3VLForCausalLM, prompt: list[int]) -> list[int]
     return tokens
 
 
-def our_engine(folder: Path, case: Case, num_layers: int) -> Engine:
-    spec = TargetSpec.from_config(read_checkpoint_config(folder))
+def our_engine(
+    folder: Path, case: Case, num_layers: int, overrides: dict[str, object] | None = None
+) -> Engine:
+    spec = TargetSpec.from_config(read_checkpoint_config(folder), overrides)
     taps = tuple(range(num_layers + 1))
     target = MiniMaxM3(spec, taps, device=CPU, dtype=torch.float32)
     load_target(target, folder, spec)
@@ -264,3 +267,28 @@ def test_the_selection_matters(tmp_path: Path):
         assert out.aux_hidden_states is not None
         states.append(out.aux_hidden_states[-1])
     assert (states[0] - states[1]).abs().max() > 0.1
+
+
+@torch.inference_mode()
+def test_shared_selections_are_computed_once_per_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cross-layer index sharing: layers that share compute no score and keep no index keys."""
+    case = replace(CASES[0], layers="dssss")
+    golden(case, 0, tmp_path)
+    calls: list[int] = []
+    real = minimax_m3.select_blocks
+    monkeypatch.setattr(
+        minimax_m3, "select_blocks", lambda *args: (calls.append(1), real(*args))[1]
+    )
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(3, 97, (40 * case.block,), generator=generator).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    for freq, computing in ((1, 4), (2, 2), (4, 1)):
+        overrides = {"use_index_cache": True, "index_topk_freq": freq}
+        engine = our_engine(tmp_path, replace(case, chunk=1000), 5, overrides)
+        kept = [k is not None for k in engine.runner.target_kv.index_k]
+        assert sum(kept) == computing
+        calls.clear()
+        LLM.from_engine(engine).generate([prompt], params, progress=False)
+        assert len(calls) == computing
