@@ -36,6 +36,7 @@ class DeviceState:
         keeps_draft_probs: bool,
         script_len: int,
         vocab_size: int,
+        max_stop_ids: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -55,7 +56,7 @@ class DeviceState:
         if script_len:
             self.script = torch.zeros(rows, script_len, dtype=torch.int64, device=device)
         self.vocab_size = vocab_size
-        self.sampling = SamplingState(num_slots, vocab_size, device)
+        self.sampling = SamplingState(num_slots, vocab_size, max_stop_ids, device)
 
     def admit(
         self,

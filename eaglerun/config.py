@@ -8,6 +8,7 @@ the only reader of the environment; after it nothing decides again.
 import dataclasses
 import difflib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -63,6 +64,12 @@ def _check_field(f: "dataclasses.Field[Any]", hint: object, value: Any) -> None:
     if not ok:
         wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
         raise ConfigError(f"{f.name} = {value!r}: expected {wanted}")
+    if number and not math.isfinite(value):
+        raise ConfigError(f"{f.name} = {value!r}: expected a finite number")
+    if isinstance(value, tuple):
+        for item in value:
+            if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+                raise ConfigError(f"{f.name} = {value!r}: {item!r} is not a whole number >= 0")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise ConfigError(f"{f.name} = {value!r}: allowed {', '.join(f.metadata['choices'])}")
     low, high = f.metadata["low"], f.metadata["high"]
@@ -135,8 +142,10 @@ class CacheConfig(Checked):
         "tokens of a KV block; none: the sparse attention's block, the only one allowed",
         low=1,
     )
-    num_kv_blocks: int | None = option(None, "KV blocks; none: sized from the memory", low=1)
-    kv_cache_gib: float = option(1.0, "KV memory on a CPU, GiB", low=0.001)
+    num_kv_blocks: int | None = option(
+        None, "KV blocks; none: as many as kv_cache_gib holds", low=1
+    )
+    kv_cache_gib: float = option(1.0, "KV memory, GiB", low=0.001)
     enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt beginnings")
 
 
@@ -203,7 +212,7 @@ class SpeculationConfig(Checked):
     scripted: str = option(
         "none",
         "benchmarks and tests only: drafts, or all tokens, come from a seeded script and not from "
-        "the models; the text means nothing",
+        "the models; with tokens the text means nothing",
         choices=("none", "drafts", "tokens"),
     )
 
@@ -219,6 +228,9 @@ class OutputConfig(Checked):
     )
     return_aux_hidden_states: bool = option(
         False, "keep the captured hidden states of every token (tests, draft training)"
+    )
+    aux_layers: tuple[int, ...] = option(
+        (), "without a draft: layers whose entering hidden states are captured, as 2,30,57"
     )
     log_stats_every: int = option(
         3000, "drafted tokens between two acceptance log lines; 0: none", low=0
@@ -302,8 +314,22 @@ class Config:
                 f"synthetic_acceptance_length = {spec.synthetic_acceptance_length} and "
                 f"synthetic_acceptance_rate = {spec.synthetic_acceptance_rate}: give one of the two"
             )
-        if self.synthetic_length is not None and spec.num_draft_tokens == 0:
-            raise ConfigError("synthetic acceptance needs num_draft_tokens >= 1, it is 0")
+        length, k = self.synthetic_length, self.num_draft_tokens
+        if length is not None and k == 0:
+            raise ConfigError(
+                f"synthetic acceptance needs a draft and num_draft_tokens >= 1; draft = "
+                f"{self.model.draft}, num_draft_tokens = {spec.num_draft_tokens}"
+            )
+        if length is not None and not 1 <= length <= k + 1:
+            raise ConfigError(
+                f"synthetic_acceptance_length = {length}: allowed 1 to {k + 1} "
+                "(num_draft_tokens + 1)"
+            )
+        if spec.scripted != "none" and spec.draft_sampling != "greedy":
+            raise ConfigError(
+                f"scripted = {spec.scripted!r} with draft_sampling = {spec.draft_sampling!r}: "
+                "scripted drafts come from no distribution; allowed greedy"
+            )
         rows = sched.max_num_seqs * (self.num_draft_tokens + 1)
         if sched.max_num_batched_tokens <= rows:
             raise ConfigError(
@@ -337,7 +363,7 @@ class Config:
             for f in dataclasses.fields(values):
                 value = getattr(values, f.name)
                 if value is None:
-                    lines.append(f"# {f.name}: none")
+                    lines.append(f'{f.name} = "none"')
                 elif f.metadata["secret"]:
                     lines.append(f"# {f.name}: set")
                 else:
@@ -459,5 +485,6 @@ def _read_toml(file: Path, known: dict[str, Option]) -> dict[str, object]:
         for name, value in table.items():
             if name not in known or known[name].section != section:
                 raise ConfigError(f"{file}: unknown key {section}.{name}{nearest(name, known)}")
-            values[name] = value
+            optional = type(None) in _kinds(known[name].type)
+            values[name] = None if value == "none" and optional else value
     return values

@@ -45,13 +45,16 @@ class Engine:
         models: Models,
         policy: DraftLengthPolicy | None = None,
     ) -> None:
-        target, draft = models.target, models.draft
+        target = models.target
+        draft = models.draft if config.speculation.num_draft_tokens else None
         self.config = config
         self.model_name = models.name
         self.tokenizer: Tokenizer | None = models.tokenizer
         self.vocab_size = target.spec.vocab_size
         self.eos_token_ids = models.eos_token_ids
         self.num_draft_tokens = config.speculation.num_draft_tokens if draft else 0
+        if config.output.return_aux_hidden_states and not target.taps:
+            raise ConfigError("return_aux_hidden_states: no layer is tapped; name aux_layers")
         block_size = config.cache.block_size or target.spec.sparse_block_size
         num_blocks = config.cache.num_kv_blocks or _blocks_in(
             config.cache.kv_cache_gib, target, draft, block_size
@@ -73,7 +76,7 @@ class Engine:
                 max_chunk_tokens=scheduling.max_chunk_tokens or scheduling.max_num_batched_tokens,
                 max_model_len=self.max_model_len,
                 num_draft_tokens=self.num_draft_tokens,
-                has_draft=self.num_draft_tokens > 0,
+                has_draft=draft is not None,
                 prefix_caching=config.cache.enable_prefix_caching
                 and not config.output.return_aux_hidden_states,
                 eos_token_ids=models.eos_token_ids,
@@ -84,7 +87,7 @@ class Engine:
         length = config.synthetic_length
         self.runner = Runner(
             target,
-            draft if self.num_draft_tokens else None,
+            draft,
             RunnerOptions(
                 num_slots=scheduling.max_num_seqs,
                 num_blocks=num_blocks,
@@ -95,9 +98,7 @@ class Engine:
                 eos_token_ids=models.eos_token_ids,
                 rejection=config.speculation.verification == "rejection",
                 probabilistic_drafts=config.speculation.draft_sampling == "probabilistic",
-                synthetic=()
-                if length is None or draft is None
-                else synthetic_rates(length, self.num_draft_tokens),
+                synthetic=() if length is None else synthetic_rates(length, self.num_draft_tokens),
                 processed_logprobs=config.output.logprobs_mode == "processed",
                 decode_batch_sizes=sizes,
                 capture=not scheduling.enforce_eager,
@@ -110,15 +111,19 @@ class Engine:
         self._pending: deque[PendingStep] = deque()
         self._arrivals = 0
         self._seeds = random.Random(config.model.seed)
-        self._acceptance_log = AcceptanceLog(config.output.log_stats_every)
+        self._acceptance_log = AcceptanceLog(config.output.log_stats_every, time.monotonic())
+        # Hidden states by (request_id, index), with return_aux_hidden_states; whoever asked for
+        # them takes them out.
         self.aux: dict[tuple[str, int], list[AuxRows]] = {}
         # Sees every committed step; for measurements.
         self.observer: Callable[[StepPlan, StepResult], None] | None = None
 
     @classmethod
-    def from_config(cls, config: Config, policy: DraftLengthPolicy | None = None) -> "Engine":
+    def from_config(
+        cls, config: Config, policy: DraftLengthPolicy | None = None, progress: bool = False
+    ) -> "Engine":
         """Load the checkpoints that ``config`` names (ConfigError, CheckpointError) and start."""
-        return cls(config, load_models(config), policy)
+        return cls(config, load_models(config, progress), policy)
 
     @property
     def stats(self) -> EngineStats:
@@ -212,6 +217,12 @@ class Engine:
         sampling, prompt = request.sampling, request.prompt_ids
         if not prompt:
             raise RequestError("prompt", "is empty")
+        if any(type(token) is not int for token in prompt):
+            raise RequestError("prompt", "holds something that is not a token id")
+        try:
+            request.cache_salt.encode()
+        except UnicodeEncodeError:
+            raise RequestError("cache_salt", f"{request.cache_salt!r} is not text") from None
         worst = max(prompt)
         if worst >= self.vocab_size or min(prompt) < 0:
             bad = worst if worst >= self.vocab_size else min(prompt)
@@ -228,12 +239,12 @@ class Engine:
             ("stop_token_ids", sampling.stop_token_ids),
             ("logit_bias", tuple(sampling.logit_bias)),
         ):
-            if any(not 0 <= token < self.vocab_size for token in ids):
-                raise RequestError(name, f"token ids must be in [0, {self.vocab_size})")
-        limit = MAX_STOP_IDS - len(self.eos_token_ids)
-        if len(sampling.stop_token_ids) > limit:
+            for token in ids:
+                if token >= self.vocab_size:
+                    raise RequestError(name, f"{token} is not in [0, {self.vocab_size})")
+        if len(sampling.stop_token_ids) > MAX_STOP_IDS:
             raise RequestError(
-                "stop_token_ids", f"{len(sampling.stop_token_ids)} given, allowed {limit}"
+                "stop_token_ids", f"{len(sampling.stop_token_ids)} given, allowed {MAX_STOP_IDS}"
             )
         if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
             raise RequestError(

@@ -104,7 +104,7 @@ class LLM:
         settings = {**config, "model": model, "num_draft_tokens": num_draft_tokens}
         if draft is not None:
             settings["draft"] = draft
-        self.engine = Engine.from_config(resolve(settings))
+        self.engine = Engine.from_config(resolve(settings), progress=True)
         self._calls = 0
 
     @classmethod
@@ -131,25 +131,34 @@ class LLM:
         each = _per_prompt(params, len(prompts))
         self._calls += 1
         requests = [
-            Request(f"llm-{self._calls}-{i}", self._encode(prompt), sampling)
+            Request(f"llm-{self._calls}-{i}", self._encode(prompt, i), sampling)
             for i, (prompt, sampling) in enumerate(zip(prompts, each, strict=True))
         ]
         collected: dict[tuple[str, int], _Collected] = {}
         for request in requests:
             self.engine.check(request)
-        for request in requests:
-            self.engine.submit(request)
             for index in range(request.sampling.n):
                 collected[request.request_id, index] = _Collected()
-        with tqdm(total=len(collected), disable=not progress, unit="answer") as bar:
-            while self.engine.has_work:
-                for event in self.engine.step():
-                    bar.update(_collect(event, collected))
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            with tqdm(total=len(collected), disable=not progress, unit="answer") as bar:
+                while self.engine.has_work:
+                    for event in self.engine.step():
+                        bar.update(_collect(event, collected))
+        except BaseException:
+            # The next call starts from an engine with nothing in it.
+            self.engine.close()
+            raise
         return [self._output(request, collected) for request in requests]
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
+    def _encode(self, prompt: Prompt, index: int) -> tuple[int, ...]:
+        if isinstance(prompt, list | tuple):
+            if any(type(token) is not int for token in prompt):
+                raise RequestError(f"prompts[{index}]", "token ids must be integers")
             return tuple(prompt)
+        if not isinstance(prompt, str):
+            raise RequestError(f"prompts[{index}]", f"{prompt!r} is no text and no list of ids")
         if self.engine.tokenizer is None:
             raise RequestError("prompts", "text needs a tokenizer, and the model has none")
         return tuple(self.engine.tokenizer.encode(prompt, add_special_tokens=False).ids)
@@ -219,6 +228,10 @@ def _per_prompt(
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple) or not all(
+        isinstance(p, SamplingParams) for p in params
+    ):
+        raise ConfigError(f"params = {params!r}: expected SamplingParams, or a list of them")
     if len(params) != count:
         raise ConfigError(f"{len(params)} sampling params for {count} prompts: one, or as many")
     return list(params)

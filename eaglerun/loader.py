@@ -57,7 +57,7 @@ def read_checkpoints(config: Config) -> Checkpoints:
         check_block_size(target, config.cache.block_size)
     draft_path = None
     draft = None
-    if model.draft is not None:
+    if config.num_draft_tokens and model.draft is not None:
         draft_path = _find(model.draft, "draft")
         draft = DraftSpec.from_config(read_checkpoint_config(draft_path), target)
     name = model.served_model_name or model.model
@@ -69,7 +69,7 @@ def load_models(config: Config, progress: bool = False) -> Models:
     found = read_checkpoints(config)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, found.target.dtype, device)
-    taps = () if found.draft is None else found.draft.taps
+    taps = config.output.aux_layers if found.draft is None else found.draft.taps
     limit = config.model.max_model_len
     target = MiniMaxM3(found.target, taps, device=device, dtype=dtype, max_positions=limit)
     draft = None

@@ -11,6 +11,7 @@ from eaglerun.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_DRAFT_TOKENS = 8
+MAX_INT = 2**31 - 1
 
 
 class FinishReason(StrEnum):
@@ -60,9 +61,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
-            if isinstance(value, str):
+            if value is None:
+                value = ()
+            elif isinstance(value, str):
                 value = (value,)
+            elif not isinstance(value, list | tuple):
+                raise RequestError(name, f"{value!r} is not a list")
             object.__setattr__(self, name, tuple(value))
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, dict):
+            raise RequestError("logit_bias", f"{bias!r} does not map token ids to numbers")
+        # A copy: the caller's dict may change while the request waits.
+        object.__setattr__(self, "logit_bias", dict(bias))
         _check(self)
 
     @property
@@ -80,6 +90,7 @@ class SamplingParams:
 
 
 def _check(p: SamplingParams) -> None:
+    """Types and ranges of every field; RequestError names the first that is wrong."""
     for name, low, high in (
         ("temperature", 0.0, 100.0),
         ("min_p", 0.0, 1.0),
@@ -87,42 +98,56 @@ def _check(p: SamplingParams) -> None:
         ("frequency_penalty", -2.0, 2.0),
     ):
         _in_range(name, getattr(p, name), low, high)
-    for name, high in (("top_p", 1.0), ("repetition_penalty", 100.0)):
+    for name, top in (("top_p", 1.0), ("repetition_penalty", 100.0)):
         value = getattr(p, name)
-        if not (isinstance(value, int | float) and math.isfinite(value) and 0 < value <= high):
-            raise RequestError(name, f"{value!r} is not in (0, {high:g}]")
-    for name, low, limit in (
-        ("top_k", -1, None),
-        ("min_tokens", 0, None),
-        ("n", 1, 128),
-        ("max_tokens", 1, None),
-        ("logprobs", 0, MAX_LOGPROBS),
-        ("prompt_logprobs", 0, MAX_LOGPROBS),
-        ("num_draft_tokens", 0, MAX_DRAFT_TOKENS),
-        ("seed", -(2**63), 2**63 - 1),
+        if not (_is_number(value) and 0 < value <= top):
+            raise RequestError(name, f"{value!r} is not in (0, {top:g}]")
+    for name, low, limit, optional in (
+        ("top_k", -1, MAX_INT, False),
+        ("min_tokens", 0, MAX_INT, False),
+        ("n", 1, 128, False),
+        ("max_tokens", 1, MAX_INT, True),
+        ("logprobs", 0, MAX_LOGPROBS, True),
+        ("prompt_logprobs", 0, MAX_LOGPROBS, True),
+        ("num_draft_tokens", 0, MAX_DRAFT_TOKENS, True),
+        ("seed", -(2**63), 2**63 - 1, True),
     ):
         value = getattr(p, name)
-        optional = name in ("max_tokens", "logprobs", "prompt_logprobs", "num_draft_tokens", "seed")
         if value is None and optional:
             continue
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not _is_int(value):
             raise RequestError(name, f"{value!r} is not an integer")
-        if value < low or (limit is not None and value > limit):
-            allowed = f">= {low}" if limit is None else f"in [{low}, {limit}]"
-            raise RequestError(name, f"{value} must be {allowed}")
+        if not low <= value <= limit:
+            raise RequestError(name, f"{value} must be in [{low}, {limit}]")
+    for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        if not isinstance(getattr(p, name), bool):
+            raise RequestError(name, f"{getattr(p, name)!r} is not true or false")
     if p.max_tokens is not None and p.min_tokens > p.max_tokens:
         raise RequestError("min_tokens", f"{p.min_tokens} exceeds max_tokens = {p.max_tokens}")
     if any(not isinstance(s, str) or not s for s in p.stop):
         raise RequestError("stop", f"{p.stop!r} must be non-empty strings")
+    for token in p.stop_token_ids:
+        _check_token_id("stop_token_ids", token)
     for token, bias in p.logit_bias.items():
-        if not isinstance(token, int) or token < 0:
-            raise RequestError("logit_bias", f"{token!r} is not a token id")
+        _check_token_id("logit_bias", token)
         _in_range("logit_bias", bias, -100.0, 100.0)
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_token_id(name: str, token: object) -> None:
+    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= MAX_INT:
+        raise RequestError(name, f"{token!r} is not a token id")
+
+
 def _in_range(name: str, value: float, low: float, high: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not ok:
+    if not (_is_number(value) and low <= value <= high):
         raise RequestError(name, f"{value!r} is not in [{low:g}, {high:g}]")
 
 

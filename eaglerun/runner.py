@@ -1,17 +1,15 @@
-"""One rank: run(StepPlan) -> StepResult, in five moves.
+"""One rank: launch(StepPlan) -> PendingStep, whose result() is the StepResult.
 
-    fill       the plan's admissions and blocks enter DeviceState; the rows of the step stand
+The plan's admissions and blocks enter DeviceState, then the decode part runs in three moves:
+
     target     forward over num_drafts + 1 rows a sequence, with aux capture
     accept     drafts judged, lengths and newest tokens moved on, on the device
-    fill KV    the draft's keys and values of the tokens that became certain
-    propose    num_propose draft passes, one row a sequence
+    draft      its KV filled with the tokens that became certain, then num_propose passes
 
 The decode part runs first; each prefill part follows in launches of its own, so that a decode
 row's bits do not depend on it. Nothing here waits for the device: the result does.
 """
 
-import itertools
-import time
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +19,34 @@ from eaglerun.batch import DeviceState, StepBuffers, host_tensor
 from eaglerun.graphs import Graphs
 from eaglerun.kernels.reference.carry import store_carry
 from eaglerun.kernels.reference.draft_inputs import kv_slots_of, verify_inputs
-from eaglerun.messages import SamplingParams, TokenLogprobs
+from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import AttentionBatch, DraftKV, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.sampling import Features, LogprobRows, adjust, draw, filtered, logprobs_of
+from eaglerun.pending import (
+    AuxRows,
+    Clock,
+    Decoded,
+    PendingStep,
+    Prefilled,
+    PromptLogprobs,
+    to_host,
+)
+from eaglerun.sampling import (
+    MAX_STOP_IDS,
+    Features,
+    LogprobRows,
+    adjust,
+    draw,
+    filtered,
+    logprobs_of,
+)
 from eaglerun.speculative.eagle3 import Sampler, fill_accepted, propose
 from eaglerun.speculative.verify import verify
-from eaglerun.step import PrefillChunk, StepPlan, StepResult, StepTimes
+from eaglerun.step import PrefillChunk, StepPlan
+
+# Above so many verify rows launches are cheap beside the work, and graphs only cost memory.
+MAX_CAPTURED_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +76,6 @@ class RunnerOptions:
     keep_aux: bool
 
 
-@dataclass(slots=True)
-class AuxRows:
-    """Captured hidden states [num_taps, n, H] of positions ``start`` ... of the sequence in a slot.
-
-    Of a decode row all verified positions are here; the first num_accepted + 1 are the text's.
-    """
-
-    slot_id: int
-    start: int
-    hidden: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class _Forward:
     """What the target move leaves for the moves after it: B sequences of Q rows."""
@@ -80,84 +86,6 @@ class _Forward:
     positions: Tensor  # [B, Q]
     length: Tensor  # [B], before the step
     table: Tensor  # [B, M]
-
-
-@dataclass(slots=True)
-class _Decoded:
-    emitted: Tensor
-    accepted: Tensor
-    logprobs: LogprobRows | None
-
-
-@dataclass(slots=True)
-class _Prefilled:
-    sampled: Tensor
-    logprobs: LogprobRows | None
-    prompt: list[tuple[LogprobRows, tuple[int, ...]] | None]
-
-
-class PendingStep:
-    """A launched step. ``result`` waits for the device."""
-
-    def __init__(
-        self,
-        plan: StepPlan,
-        decoded: _Decoded | None,
-        prefilled: _Prefilled | None,
-        num_experts: Tensor,
-        aux: list[AuxRows],
-        clock: "_Clock",
-    ) -> None:
-        self.plan = plan
-        self.aux = aux
-        self._decoded = decoded
-        self._prefilled = prefilled
-        self._num_experts = num_experts
-        self._clock = clock
-
-    def result(self) -> StepResult:
-        plan = self.plan
-        self._clock.wait()
-        decode: tuple[tuple[int, ...], ...] = ()
-        accepted: tuple[int, ...] = ()
-        decode_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
-        if self._decoded is not None:
-            rows = self._decoded.emitted.tolist()
-            decode = tuple(tuple(t for t in row if t >= 0) for row in rows)
-            accepted = tuple(self._decoded.accepted.tolist())
-            if self._decoded.logprobs is not None:
-                width = len(rows[0])
-                flat = _to_host(self._decoded.logprobs, [t for row in rows for t in row])
-                decode_logprobs = tuple(
-                    tuple(flat[b * width : b * width + len(ids)]) for b, ids in enumerate(decode)
-                )
-        prefill: tuple[int, ...] = ()
-        prefill_logprobs: tuple[TokenLogprobs | None, ...] = ()
-        prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
-        if self._prefilled is not None:
-            tokens = iter(self._prefilled.sampled.tolist())
-            prefill = tuple(next(tokens) if c.samples else -1 for c in plan.prefill)
-            if self._prefilled.logprobs is not None:
-                ids = [t for t in prefill if t >= 0]
-                flat_one = iter(_to_host(self._prefilled.logprobs, ids))
-                prefill_logprobs = tuple(
-                    next(flat_one) if c.samples else None for c in plan.prefill
-                )
-            prompt_logprobs = tuple(
-                () if asked is None else tuple(_to_host(asked[0], list(asked[1])))
-                for asked in self._prefilled.prompt
-            )
-        return StepResult(
-            step_id=plan.step_id,
-            decode=decode,
-            num_accepted=accepted,
-            prefill=prefill,
-            decode_logprobs=decode_logprobs,
-            prefill_logprobs=prefill_logprobs,
-            prompt_logprobs=prompt_logprobs,
-            num_experts=int(self._num_experts),
-            times=self._clock.times(),
-        )
 
 
 class Runner:
@@ -177,7 +105,7 @@ class Runner:
         self.block_carry: Tensor | None = None
         self.aux: Tensor | None = None
         hidden = target.spec.hidden_size
-        if target.taps:
+        if draft is not None or options.keep_aux:
             self.aux = torch.empty(
                 len(target.taps), options.max_rows, hidden, device=self.device, dtype=dtype
             )
@@ -196,9 +124,14 @@ class Runner:
             if options.scripted_drafts or options.scripted_tokens
             else 0,
             vocab_size=target.spec.vocab_size,
+            max_stop_ids=MAX_STOP_IDS + len(options.eos_token_ids),
             device=self.device,
             dtype=dtype,
         )
+        self.synthetic: Tensor | None = None
+        if options.synthetic:
+            rates = torch.tensor(options.synthetic, dtype=torch.float64)
+            self.synthetic = rates.to(self.device)
         self.num_experts = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.buffers = StepBuffers(
             max(options.num_slots, *options.decode_batch_sizes, 1),
@@ -217,7 +150,7 @@ class Runner:
             self.state.set_blocks(update)
         self.num_experts.zero_()
         aux: list[AuxRows] = []
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         decoded = self._decode(plan, aux, clock) if plan.decode else None
         experts = to_host(self.num_experts)
         prefilled = self._prefill(plan, aux, clock) if plan.prefill else None
@@ -226,7 +159,7 @@ class Runner:
 
     # Decode part.
 
-    def _decode(self, plan: StepPlan, aux: list[AuxRows], clock: "_Clock") -> _Decoded:
+    def _decode(self, plan: StepPlan, aux: list[AuxRows], clock: Clock) -> Decoded:
         """Three moves, each a graph of its own where graphs are on."""
         rows, buffers = plan.decode, self.buffers
         B, Q = self._batch_size(len(rows)), plan.num_drafts + 1
@@ -234,10 +167,13 @@ class Runner:
         bound = self._key_bound(max(row.max_len + row.num_drafts for row in rows))
         features = self._features([row.slot_id for row in rows])
         shape = (B, Q, bound)
+        capture = B * Q <= MAX_CAPTURED_ROWS
         clock.start()
-        forward = self.graphs.run(("target", *shape), lambda: self._target_move(B, Q, bound))
+        forward = self.graphs.run(
+            ("target", *shape), lambda: self._target_move(B, Q, bound), capture
+        )
         scored = self.graphs.run(
-            ("accept", *shape, features), lambda: self._accept_move(forward, features)
+            ("accept", *shape, features), lambda: self._accept_move(forward, features), capture
         )
         clock.target_done()
         if self.options.keep_aux and self.aux is not None:
@@ -247,6 +183,7 @@ class Runner:
             self.graphs.run(
                 ("draft", *shape, plan.num_propose, sampled),
                 lambda: self._draft_move(forward, plan.num_propose, bound, features),
+                capture,
             )
         clock.draft_done()
         emitted = to_host(buffers.emitted[: len(rows), :Q])
@@ -256,7 +193,7 @@ class Runner:
             flat = chosen[: len(rows)].flatten(0, 1)
             tokens = buffers.emitted[: len(rows), :Q].flatten()
             logprobs = logprobs_of(flat, tokens, plan.num_logprobs)
-        return _Decoded(emitted, to_host(buffers.accepted[: len(rows)]), logprobs)
+        return Decoded(emitted, to_host(buffers.accepted[: len(rows)]), logprobs)
 
     def _target_move(self, B: int, Q: int, max_seq_len: int) -> _Forward:
         """Rows [last token, drafts] of each sequence through the target, aux captured."""
@@ -305,7 +242,7 @@ class Runner:
             state.sampling,
             features,
             options.rejection,
-            options.synthetic,
+            self.synthetic,
             self._scripted(slots, forward.length, Q) if options.scripted_tokens else None,
         )
         emitted, accepted = verified.emitted, verified.accepted
@@ -366,7 +303,7 @@ class Runner:
 
     # Prefill part.
 
-    def _prefill(self, plan: StepPlan, aux: list[AuxRows], clock: "_Clock") -> _Prefilled:
+    def _prefill(self, plan: StepPlan, aux: list[AuxRows], clock: Clock) -> Prefilled:
         chunks = plan.prefill
         clock.start()
         batch = self._prefill_batch(chunks)
@@ -384,7 +321,7 @@ class Runner:
         if self.draft is not None:
             self._prefill_draft(plan, final, batch, ids, ends, sampled)
         clock.draft_done()
-        return _Prefilled(to_host(sampled), logprobs, prompt)
+        return Prefilled(to_host(sampled), logprobs, prompt)
 
     def _prefill_batch(self, chunks: tuple[PrefillChunk, ...]) -> AttentionBatch:
         device, sums = self.device, _running_sum(chunks)
@@ -436,17 +373,25 @@ class Runner:
 
     def _prompt_logprobs(
         self, chunks: tuple[PrefillChunk, ...], hidden: Tensor
-    ) -> list[tuple[LogprobRows, tuple[int, ...]] | None]:
+    ) -> list[PromptLogprobs | None]:
         """For each chunk that asks: log-probabilities of the known token after each of its rows."""
-        found: list[tuple[LogprobRows, tuple[int, ...]] | None] = []
+        found: list[PromptLogprobs | None] = []
         for c, start in zip(chunks, _running_sum(chunks), strict=False):
             if c.prompt_logprobs < 0:
                 found.append(None)
                 continue
             after = c.token_ids[1:] + (() if c.samples else (c.next_token,))
-            logits = self.target.logits(hidden[start : start + len(after)])
             tokens = host_tensor(after, self.device)
-            found.append((logprobs_of(logits, tokens, c.prompt_logprobs), after))
+            # A slice at a time: the logits of a whole chunk can be gigabytes.
+            parts = [
+                logprobs_of(
+                    self.target.logits(hidden[start + i : start + min(i + 256, len(after))]),
+                    tokens[i : i + 256],
+                    c.prompt_logprobs,
+                )
+                for i in range(0, len(after), 256)
+            ]
+            found.append((parts, after))
         return found
 
     def _prefill_draft(
@@ -565,77 +510,8 @@ class Runner:
             kept.append(AuxRows(row.slot_id, start, hidden))
 
 
-class _Clock:
-    """Times of a step's parts: events on a GPU, wall time on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        # (part that ended here, when)
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
-        self._mark("begin")
-
-    def start(self) -> None:
-        self._mark("other")
-
-    def target_done(self) -> None:
-        self._mark("target")
-
-    def draft_done(self) -> None:
-        self._mark("draft")
-
-    def end(self) -> None:
-        self._mark("other")
-
-    def wait(self) -> None:
-        """Until the device has reached the last mark; what was copied to the host is there."""
-        last = self._marks[-1][1]
-        if isinstance(last, torch.cuda.Event):
-            last.synchronize()
-
-    def times(self) -> StepTimes:
-        spent = {"target": 0.0, "draft": 0.0, "other": 0.0}
-        for (_, before), (part, after) in itertools.pairwise(self._marks):
-            spent[part] += _between_ms(before, after)
-        return StepTimes(spent["target"], spent["draft"], sum(spent.values()))
-
-    def _mark(self, part: str) -> None:
-        if self._gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((part, event))
-        else:
-            self._marks.append((part, time.perf_counter()))
-
-
-def _between_ms(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    if isinstance(before, float) and isinstance(after, float):
-        return (after - before) * 1e3
-    assert isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event)
-    elapsed: float = before.elapsed_time(after)
-    return elapsed
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, there once the step's last event is; the next step may overwrite the
-    original at once."""
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor, non_blocking=True)
-
-
 def _running_sum(chunks: tuple[PrefillChunk, ...]) -> list[int]:
     sums = [0]
     for c in chunks:
         sums.append(sums[-1] + len(c.token_ids))
     return sums
-
-
-def _to_host(rows: LogprobRows, tokens: list[int]) -> list[TokenLogprobs]:
-    """One TokenLogprobs per row; rows and tokens run in parallel."""
-    chosen, rank = rows.chosen.tolist(), rows.rank.tolist()
-    ids, top = rows.top_ids.tolist(), rows.top.tolist()
-    return [
-        TokenLogprobs(token, chosen[i], rank[i], tuple(zip(ids[i], top[i], strict=True)))
-        for i, token in enumerate(tokens)
-    ]

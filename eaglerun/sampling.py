@@ -24,11 +24,13 @@ class SamplingState:
     """Sampling parameters and accepted history of every slot; the last row is the padding slot.
 
     Shapes (S slots + 1, V vocabulary): scalars [S + 1]; bias_ids, bias_values [S + 1, 300]
-    (id -1: none); stop_ids [S + 1, 64] (-1: none); output_counts [S + 1, V] int16;
+    (id -1: none); stop_ids [S + 1, 64 + EOS ids] (-1: none); output_counts [S + 1, V] int32;
     prompt_bits [S + 1, ceil(V / 32)] int32; num_generated [S + 1] int64.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, max_stop_ids: int, device: torch.device
+    ) -> None:
         rows = num_slots + 1
 
         def scalar(value: float) -> Tensor:
@@ -49,8 +51,8 @@ class SamplingState:
         self.num_generated = integer(0)
         self.bias_ids = integer(-1, MAX_LOGIT_BIAS)
         self.bias_values = torch.zeros(rows, MAX_LOGIT_BIAS, device=device)
-        self.stop_ids = integer(-1, MAX_STOP_IDS)
-        self.output_counts = torch.zeros(rows, vocab_size, dtype=torch.int16, device=device)
+        self.stop_ids = integer(-1, max_stop_ids)
+        self.output_counts = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
         words = -(-vocab_size // 32)
         self.prompt_bits = torch.zeros(rows, words, dtype=torch.int32, device=device)
         self.vocab_size = vocab_size
@@ -96,7 +98,7 @@ class SamplingState:
             self.output_counts[slot] = 0
             if output_ids:
                 ids = torch.tensor(output_ids, device=device)
-                ones = torch.ones_like(ids, dtype=torch.int16)
+                ones = torch.ones_like(ids, dtype=torch.int32)
                 self.output_counts[slot].scatter_add_(0, ids, ones)
             self.prompt_bits[slot] = 0
             if prompt_ids:
@@ -115,7 +117,7 @@ class SamplingState:
         self.num_generated.index_add_(0, slots, real.sum(dim=1))
         if count:
             flat = slots[:, None] * self.vocab_size + tokens.clamp(min=0)
-            self.output_counts.view(-1).scatter_add_(0, flat.view(-1), real.view(-1).short())
+            self.output_counts.view(-1).scatter_add_(0, flat.view(-1), real.view(-1).int())
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,6 @@ class Features:
     penalties: bool
     min_tokens: bool
     sampled: bool
-    all_sampled: bool
     min_p: bool
     ranked: bool  # top_k or top_p
 
@@ -138,7 +139,6 @@ class Features:
             penalties=any(p.penalized for p in params),
             min_tokens=any(p.min_tokens for p in params),
             sampled=bool(drawn),
-            all_sampled=len(drawn) == len(params),
             min_p=any(p.min_p > 0 for p in drawn),
             ranked=any(p.top_k > 0 or p.top_p < 1 for p in drawn),
         )
@@ -202,12 +202,16 @@ def filtered(logits: Tensor, state: SamplingState, slots: Tensor, features: Feat
 
     min_p keeps p >= min_p * max p; top_k the k largest; top_p the smallest set of the largest
     whose probability reaches top_p. Among equals at a boundary the lower id stays. Filters work
-    one after the other, each on the renormalised rest. Greedy rows come back as logits.
+    one after the other, each on the renormalised rest. Greedy rows are not filtered.
 
     Shapes  logits [B, Q, V]; slots [B]; returns [B, Q, V], -inf where filtered out.
     """
     temperature = state.temperature[slots].to(logits.dtype)[:, None, None]
-    logits = logits / torch.where(temperature > 0, temperature, 1.0)
+    sampled = temperature > 0
+    raw = logits
+    # The largest becomes 0 first: a tiny temperature would overflow it, and inf - inf is NaN.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    logits = logits / torch.where(sampled, temperature, 1.0)
     if features.min_p:
         min_p = state.min_p[slots].to(logits.dtype)[:, None, None]
         floor = logits.amax(dim=-1, keepdim=True) + torch.log(min_p)
@@ -224,7 +228,7 @@ def filtered(logits: Tensor, state: SamplingState, slots: Tensor, features: Feat
         drop = (probs.cumsum(dim=-1) - probs >= top_p) & (top_p < 1) & (rank > 0)
         ordered = ordered.masked_fill(drop, -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, ids, ordered)
-    return torch.log_softmax(logits, dim=-1)
+    return torch.log_softmax(torch.where(sampled, logits, raw), dim=-1)
 
 
 def draw(

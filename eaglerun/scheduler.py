@@ -7,7 +7,7 @@ its blocks and slot are given back only when its last step in flight is committe
 """
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,6 +76,8 @@ class Scheduler:
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
         self._events: list[Event] = []
+        # Answers of each request whose end has not been handed out yet.
+        self._open: Counter[str] = Counter()
         self._step_id = 0
 
     # What the engine asks.
@@ -103,6 +105,7 @@ class Scheduler:
         yield from (seq for _, seq in self._waiting)
 
     def add(self, seq: Sequence) -> None:
+        self._open[seq.request.request_id] += 1
         heapq.heappush(self._waiting, (seq.order, seq))
 
     def abort(self, request_id: str) -> bool:
@@ -126,15 +129,17 @@ class Scheduler:
 
     def fail_all(self, message: str) -> list[Event]:
         """Every open request fails; nothing is in flight any more (the ranks are gone)."""
-        open_ids = {
-            seq.request.request_id: None
-            for seq in self.sequences()
-            if seq.status is not Status.ENDED
-        }
-        events = [*self._events, *(Failed(request_id, message) for request_id in open_ids)]
-        self._events = []
+        open_ids = {}
+        for seq in list(self.sequences()):
+            if seq.status is not Status.ENDED:
+                open_ids[seq.request.request_id] = None
+            if seq.slot_id >= 0:
+                self._give_back(seq)
+            seq.status = Status.ENDED
+        events = [*self.take_events(), *(Failed(request_id, message) for request_id in open_ids)]
         self._waiting, self._running, self._ending = [], [], []
         self._in_flight.clear()
+        self._open.clear()
         return events
 
     def preempt(self, request_id: str) -> None:
@@ -145,10 +150,8 @@ class Scheduler:
                 seq.preempt_requested = True
 
     def is_open(self, request_id: str) -> bool:
-        return any(
-            seq.request.request_id == request_id and seq.status is not Status.ENDED
-            for seq in self.sequences()
-        )
+        """Whether an end of the request is still to be handed out."""
+        return self._open[request_id] > 0
 
     def oldest_slots(self) -> dict[int, Sequence]:
         """The sequences of the oldest step in flight, by slot."""
@@ -157,6 +160,11 @@ class Scheduler:
 
     def take_events(self) -> list[Event]:
         events, self._events = self._events, []
+        for event in events:
+            if isinstance(event, Finished):
+                self._open[event.request_id] -= 1
+                if not self._open[event.request_id]:
+                    del self._open[event.request_id]
         return events
 
     def check_integrity(self) -> None:
@@ -261,9 +269,14 @@ class Scheduler:
         """How many drafts to judge now and to propose, never beyond max_model_len or max_tokens."""
         room = self.limits.max_model_len - seq.max_len - 1
         num_drafts = min(seq.num_proposed, room, self._tokens_left(seq) - 1)
-        room -= num_drafts + 1
-        propose = min(self._draft_limit(seq, k), max(room, 0), max(self._tokens_left(seq) - 2, 0))
+        propose = self._num_propose(seq, k, room - num_drafts - 1)
         return DecodeRow(seq.slot_id, num_drafts, propose, seq.max_len)
+
+    def _num_propose(self, seq: Sequence, k: int, room: int) -> int:
+        """Drafts for the step after one that emits at least a token; ``room``: positions left."""
+        wish = seq.sampling.num_draft_tokens
+        limit = k if wish is None else min(k, wish)
+        return max(min(limit, room, self._tokens_left(seq) - 2), 0)
 
     def _plan_prefill(self, k: int, budget: int) -> list[tuple[Sequence, PrefillChunk]]:
         chunks = []
@@ -280,8 +293,7 @@ class Scheduler:
         start = seq.num_planned
         end = min(seq.prefill_len, start + min(budget, self.limits.max_chunk_tokens))
         samples = end == seq.prefill_len
-        room = self.limits.max_model_len - (seq.prefill_len + 1) - 1
-        propose = min(self._draft_limit(seq, k), max(room, 0), max(self._tokens_left(seq) - 2, 0))
+        propose = self._num_propose(seq, k, self.limits.max_model_len - seq.prefill_len - 2)
         want = seq.sampling.prompt_logprobs
         return PrefillChunk(
             slot_id=seq.slot_id,
@@ -357,8 +369,10 @@ class Scheduler:
         seq.prompt_logprobs = []
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_computed
-            self.stats.prompt_tokens += seq.num_prompt_tokens
-            self.stats.cached_tokens += seq.num_cached_tokens
+            # A request's other answers share the prompt of its first.
+            if seq.index == 0:
+                self.stats.prompt_tokens += seq.num_prompt_tokens
+                self.stats.cached_tokens += seq.num_cached_tokens
         self._running.append(seq)
         self._running.sort(key=lambda s: s.order)
 
@@ -391,10 +405,6 @@ class Scheduler:
         if seq.sampling.max_tokens is None:
             return self.limits.max_model_len
         return seq.num_prompt_tokens + seq.sampling.max_tokens - seq.min_len
-
-    def _draft_limit(self, seq: Sequence, k: int) -> int:
-        wish = seq.sampling.num_draft_tokens
-        return k if wish is None else min(k, wish)
 
     # Preemption.
 
@@ -540,7 +550,10 @@ class Scheduler:
         eos = not sampling.ignore_eos and token in self.limits.eos_token_ids
         if may_stop and (eos or token in sampling.stop_token_ids):
             named = token if token in sampling.stop_token_ids else None
-            return FinishReason.STOP, named, ""
+            shown = ""
+            if named is not None and sampling.include_stop_str_in_output and seq.text is not None:
+                shown = seq.text.push(token, may_stop=False).text
+            return FinishReason.STOP, named, shown
         text = ""
         if seq.text is not None:
             delta = seq.text.push(token, may_stop)
@@ -558,6 +571,9 @@ class Scheduler:
         self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None
     ) -> None:
         """The sequence's last event; its memory follows once nothing of it is in flight."""
+        held = "" if seq.text is None else seq.text.finish()
+        if held:
+            self._events.append(Tokens(seq.request.request_id, seq.index, (), held))
         was_running = seq.status is Status.RUNNING
         seq.status = Status.ENDED
         if was_running:

@@ -112,7 +112,8 @@ class StepResult:
     prefill[c]           id sampled after chunk c, -1 where the chunk samples none
     decode_logprobs[b]   one per emitted id; empty where none was asked for
     prefill_logprobs[c]  of the sampled id; None where none was asked for
-    prompt_logprobs[c]   one per chunk token: of the token that follows it; () where not asked
+    prompt_logprobs[c]   of the token that follows each of the chunk's, as far as it is known before
+                         sampling (one fewer in a chunk that samples); () where not asked
     num_experts          distinct experts read by the decode rows, summed over the layers
     """
 

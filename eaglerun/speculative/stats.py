@@ -76,22 +76,20 @@ class EngineStats:
     finished: dict[str, int] = field(default_factory=dict)
     acceptance: AcceptanceCounter = field(default_factory=AcceptanceCounter)
     by_context: dict[int, AcceptanceCounter] = field(default_factory=dict)
-    accepted_tokens: int = 0
 
     def add_decode_row(self, context_len: int, num_drafts: int, num_accepted: int) -> None:
         self.decode_rows += 1
-        self.accepted_tokens += num_accepted
         if num_drafts:
             self.acceptance.add(num_drafts, num_accepted)
             bucket = context_bucket(context_len)
             self.by_context.setdefault(bucket, AcceptanceCounter()).add(num_drafts, num_accepted)
 
     def check_identity(self) -> None:
-        computed = self.prefill_samples + self.decode_rows + self.accepted_tokens
+        computed = self.prefill_samples + self.decode_rows + self.acceptance.accepted
         if self.emitted_tokens != computed - self.trimmed_tokens:
             raise EngineError(
                 f"{self.emitted_tokens} tokens emitted, but {self.prefill_samples} prefill samples "
-                f"+ {self.decode_rows} decode rows + {self.accepted_tokens} accepted drafts "
+                f"+ {self.decode_rows} decode rows + {self.acceptance.accepted} accepted drafts "
                 f"- {self.trimmed_tokens} trimmed = {computed - self.trimmed_tokens}"
             )
 
@@ -103,10 +101,10 @@ class AcceptanceLog:
     that what people grep for in their logs is found in ours.
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, now_s: float) -> None:
         self._every = every
         self._then = SpeculationStats()
-        self._then_s = 0.0
+        self._then_s = now_s
 
     def line(self, now: SpeculationStats, now_s: float) -> str | None:
         """The line, once ``every`` more tokens were drafted; ``now_s`` is any steady clock."""

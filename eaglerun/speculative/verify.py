@@ -56,7 +56,7 @@ def verify(
     state: SamplingState,
     features: Features,
     rejection: bool,
-    synthetic: tuple[float, ...],
+    synthetic: Tensor | None,
     script: Tensor | None = None,
 ) -> Verified:
     """Judge up to K drafts of B sequences.
@@ -64,6 +64,7 @@ def verify(
     Shapes  logits [B, K + 1, V], row j after the last token and d1 .. dj; drafts [B, K] int64;
             draft_probs [B, K, V] of sampled drafts, None where drafts are one-hot; num_drafts [B]
             int64, -1 on padding sequences; length [B] int64, last token included; slots [B];
+            synthetic [K] float64, conditional acceptance rates that replace judgement;
             script [B, K + 1] int64, tokens that take the place of the target's choices.
     """
     B, Q, V = logits.shape
@@ -71,7 +72,7 @@ def verify(
     logits = adjust(logits, state, slots, drafts, features)
     logp = filtered(logits, state, slots, features) if features.sampled else None
     scored = logits if logp is None else logp
-    if synthetic:
+    if synthetic is not None:
         targets, matches = _synthetic(logits, drafts, positions, slots, state, synthetic)
     else:
         targets = draw(logits, logp, state, slots, positions)
@@ -129,7 +130,7 @@ def _synthetic(
     positions: Tensor,
     slots: Tensor,
     state: SamplingState,
-    rates: tuple[float, ...],
+    rates: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Accept draft j with probability rates[j] whatever the target says; else its argmax."""
     B, Q, V = logits.shape
@@ -137,6 +138,6 @@ def _synthetic(
     K = Q - 1
     seeds = state.seed[slots][:, None].expand(B, K).reshape(-1)
     u = uniform(seeds, positions[:, :-1].reshape(-1), SYNTHETIC).view(B, K)
-    matches = u < torch.tensor(rates[:K], dtype=u.dtype, device=u.device)
+    matches = u < rates[:K]
     targets = torch.cat([torch.where(matches, drafts, best[:, :-1]), best[:, -1:]], dim=1)
     return targets, matches

@@ -13,7 +13,15 @@ from tokenizers import Tokenizer, decoders, models
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.loader import Models
-from eaglerun.messages import Finished, FinishReason, Request, SamplingParams, TokenLogprobs, Tokens
+from eaglerun.messages import (
+    Failed,
+    Finished,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    Tokens,
+)
 
 VOCAB = 40
 EOS = 0
@@ -47,6 +55,8 @@ class Schedule:
     prefix_caching: bool
     padded: bool
     draft_sampling: str
+    narrow: bool
+    tight: bool
     wishes: tuple[Wish, ...]
 
 
@@ -77,14 +87,18 @@ def letters() -> Tokenizer:
 
 
 @functools.cache
-def pair(seed: int, block_size: int, dtype: torch.dtype) -> Models:
-    made = tiny_pair(seed, dtype, vocab_size=VOCAB, block_size=block_size)
+def pair(seed: int, block_size: int, dtype: torch.dtype, narrow: bool = False) -> Models:
+    """``narrow``: the draft knows 16 of the 40 tokens (d2t)."""
+    draft_vocab = 16 if narrow else VOCAB
+    made = tiny_pair(
+        seed, dtype, vocab_size=VOCAB, block_size=block_size, draft_vocab_size=draft_vocab
+    )
     return Models(made.name, made.target, made.draft, (EOS,), letters())
 
 
 def make_engine(schedule: Schedule, dtype: torch.dtype, plain: bool) -> Engine:
     """The schedule's engine; ``plain``: no draft, no lag, no shared prefixes, room for all."""
-    both = pair(schedule.model_seed, schedule.block_size, dtype)
+    both = pair(schedule.model_seed, schedule.block_size, dtype, schedule.narrow)
     least = -(-schedule.max_model_len // schedule.block_size)
     settings: dict[str, object] = {
         "max_model_len": schedule.max_model_len,
@@ -102,9 +116,10 @@ def make_engine(schedule: Schedule, dtype: torch.dtype, plain: bool) -> Engine:
         "num_kv_blocks": least + schedule.spare_blocks,
         "max_num_seqs": schedule.max_num_seqs,
         "max_chunk_tokens": schedule.max_chunk_tokens,
+        "max_num_batched_tokens": 9 * schedule.max_num_seqs + 1 if schedule.tight else 400,
         "lag": schedule.lag,
         "enable_prefix_caching": schedule.prefix_caching,
-        "decode_batch_sizes": (1, 3, 8) if schedule.padded else (),
+        "decode_batch_sizes": (1, 3, 5) if schedule.padded else (),
         "draft_sampling": schedule.draft_sampling,
     }
     return Engine(resolve(settings, environ={}), both, ScriptedDraftLength(schedule.ks))
@@ -113,8 +128,13 @@ def make_engine(schedule: Schedule, dtype: torch.dtype, plain: bool) -> Engine:
 def play(
     engine: Engine, wishes: tuple[Wish, ...], watch: Callable[[Engine], None] | None = None
 ) -> list[Answer]:
-    """Run the wishes to their ends; each must end exactly once, and nothing may leak."""
-    answers = [Answer([], "", []) for _ in wishes]
+    """Run the wishes to their ends; each answer must end exactly once, and nothing may leak.
+
+    Returns the answers of the first wish (n of them), then those of the second, and so on.
+    """
+    answers = {
+        (i, j): Answer([], "", []) for i, w in enumerate(wishes) for j in range(w.sampling.n)
+    }
     step = 0
     last = max(w.submit_at for w in wishes)
     while step <= last or engine.has_work:
@@ -126,7 +146,8 @@ def play(
             if step in wish.preempt_at:
                 engine.scheduler.preempt(str(i))
         for event in engine.step():
-            answer = answers[int(event.request_id)]
+            assert not isinstance(event, Failed)
+            answer = answers[int(event.request_id), event.index]
             assert answer.finished is None, "an event after the end"
             if isinstance(event, Tokens):
                 answer.tokens += event.token_ids
@@ -141,22 +162,29 @@ def play(
         step += 1
         assert step < 3000, "the schedule never ends"
     assert engine.pool.num_held == 0
-    for answer in answers:
+    for answer in answers.values():
         assert answer.finished is not None
         assert answer.finished.num_output_tokens == len(answer.tokens)
-    return answers
+    return list(answers.values())
 
 
-def check_lossless(schedule: Schedule, dtype: torch.dtype) -> None:
-    """Every answer equals the plain engine's; an aborted one is a beginning of it."""
+def check_lossless(schedule: Schedule, dtype: torch.dtype) -> int:
+    """Every answer equals the plain engine's; an aborted one is a beginning of it.
+
+    Returns how many answers were compared.
+    """
     calm = tuple(Wish(w.prompt, w.sampling, 0, 0, None, ()) for w in schedule.wishes)
     expected = play(make_engine(schedule, dtype, plain=True), calm)
+    owner = [i for i, w in enumerate(schedule.wishes) for _ in range(w.sampling.n)]
     engine = make_engine(schedule, dtype, plain=False)
     got = play(engine, schedule.wishes)
     for i, (want, have) in enumerate(zip(expected, got, strict=True)):
         assert want.finished is not None and have.finished is not None
         if have.finished.reason is FinishReason.ABORT:
             assert have.tokens == want.tokens[: len(have.tokens)]
+            assert want.text.startswith(have.text)
+            if not schedule.wishes[owner[i]].sampling.stop:
+                assert have.text == letters().decode(have.tokens)
             continue
         assert have.tokens == want.tokens, f"request {i}: {have.tokens}, plain {want.tokens}"
         assert have.text == want.text
@@ -172,6 +200,7 @@ def check_lossless(schedule: Schedule, dtype: torch.dtype) -> None:
             found = [lp for lp in have.finished.prompt_logprobs if lp is not None]
             assert len(known) == have.finished.num_prompt_tokens - 1
             _same_logprobs(known, found, tolerance)
+    return len(got)
 
 
 def _same_logprobs(want: list[TokenLogprobs], have: list[TokenLogprobs], tolerance: float) -> None:
@@ -222,7 +251,8 @@ def samplings(draw: st.DrawFn) -> SamplingParams:
         stop_token_ids=tuple(draw(st.lists(token, max_size=3))) if stop else (),
         logprobs=draw(st.sampled_from([None, None, 0, 3])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 2])),
-        num_draft_tokens=draw(st.sampled_from([None, None, 0, 2])),
+        num_draft_tokens=draw(st.sampled_from([None, None, None, 0, 1, 2, 5])),
+        n=draw(st.sampled_from([1, 1, 1, 1, 1, 3])),
     )
 
 
@@ -253,5 +283,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         prefix_caching=draw(st.sampled_from([True, True, True, False])),
         padded=draw(st.booleans()),
         draft_sampling=draw(st.sampled_from(["greedy", "probabilistic"])),
+        narrow=draw(st.integers(0, 3)) == 0,
+        tight=draw(st.integers(0, 3)) == 0,
         wishes=tuple(draw(st.lists(wishes(), min_size=6, max_size=8))),
     )

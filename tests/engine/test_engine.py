@@ -76,7 +76,7 @@ def test_tokens_past_the_end_are_trimmed_and_counted_as_such():
     answer(engine, replace(GREEDY, stop_token_ids=(LATE,)))
     stats = engine.stats
     assert stats.acceptance.accepted > 0
-    emitted = stats.prefill_samples + stats.decode_rows + stats.accepted_tokens
+    emitted = stats.prefill_samples + stats.decode_rows + stats.acceptance.accepted
     assert stats.emitted_tokens == emitted - stats.trimmed_tokens
 
 
@@ -242,6 +242,72 @@ def test_close_fails_what_is_open():
     engine.submit(Request("b", PROMPT, GREEDY))
     assert engine.close("gone") == [Failed("a", "gone"), Failed("b", "gone")]
     assert not engine.has_work and engine.step() == []
+    assert engine.pool.num_held == 0
+    engine.scheduler.check_integrity()
+    assert answer(engine, GREEDY).token_ids == PLAIN
+
+
+def test_an_interrupted_call_leaves_a_usable_llm():
+    engine = make()
+    llm = LLM.from_engine(engine)
+
+    def interrupt(plan: object, result: object) -> None:
+        raise KeyboardInterrupt
+
+    engine.observer = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([list(PROMPT)], GREEDY, progress=False)
+    engine.observer = None
+    assert llm.generate([list(PROMPT)], GREEDY, progress=False)[0].token_ids == PLAIN
+
+
+def test_an_aborted_id_is_free_once_its_end_was_handed_out():
+    engine = make(lag=1)
+    engine.submit(Request("r", PROMPT, GREEDY))
+    engine.step()
+    engine.abort("r")
+    with pytest.raises(RequestError, match="'r' is already running"):
+        engine.submit(Request("r", PROMPT, GREEDY))
+    events = []
+    while not any(isinstance(e, Finished) for e in events):
+        events += engine.step()
+    engine.submit(Request("r", PROMPT, GREEDY))
+    while engine.has_work:
+        events += engine.step()
+    assert [e.reason for e in events if isinstance(e, Finished)] == ["abort", "length"]
+
+
+def test_a_tiny_temperature_is_greedy():
+    cold = replace(GREEDY, temperature=1e-38, seed=1)
+    assert answer(make(), cold).token_ids == PLAIN
+
+
+def test_processed_logprobs_of_a_greedy_request_do_not_depend_on_its_batch():
+    greedy = replace(GREEDY, top_k=2, max_tokens=4, logprobs=4)
+    sampled = replace(greedy, temperature=1.0, seed=2)
+    llm = LLM.from_engine(make(logprobs_mode="processed"))
+    prompts = [list(PROMPT), list(PROMPT)]
+    alone = llm.generate(prompts[:1], greedy, progress=False)[0].logprobs
+    beside = llm.generate(prompts, [greedy, sampled], progress=False)[0].logprobs
+    assert alone is not None and beside is not None
+    for a, b in zip(alone, beside, strict=True):
+        assert [p for _, p in a.top] == pytest.approx([p for _, p in b.top])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "words"),
+    [
+        ("text", None, "prompts: is one string"),
+        ([1, 2], None, r"prompts\[0\]: 1 is no text and no list"),
+        ([[1], ["a"]], None, r"prompts\[1\]: token ids must be integers"),
+        ([[1.5]], None, r"prompts\[0\]: token ids must be integers"),
+        ([[1]], {"temperature": 0}, "expected SamplingParams, or a list"),
+        ([[1]], [GREEDY, GREEDY], "2 sampling params for 1 prompts"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_mean(prompts: object, params: object, words: str):
+    with pytest.raises((RequestError, ConfigError), match=words):
+        LLM.from_engine(make()).generate(prompts, params, progress=False)
 
 
 def test_priority_then_arrival():
@@ -293,7 +359,7 @@ def test_per_request_draft_length():
 def test_no_draft_allocates_nothing_of_it():
     engine = make(k=0)
     assert engine.runner.draft is None and engine.runner.draft_kv is None
-    assert engine.runner.block_carry is None
+    assert engine.runner.block_carry is None and engine.runner.aux is None
     assert answer(engine, GREEDY).token_ids == PLAIN
 
 
@@ -304,9 +370,10 @@ def test_no_draft_allocates_nothing_of_it():
         ((VOCAB,), GREEDY, rf"prompt: token id {VOCAB} is not in \[0, {VOCAB}\)"),
         ((-1,), GREEDY, "prompt: token id -1"),
         (PROMPT * 5, GREEDY, "prompt: 110 tokens leave no room for an answer: .* 96"),
-        (PROMPT, replace(GREEDY, stop_token_ids=(99,)), r"stop_token_ids: .* \[0, 40\)"),
-        (PROMPT, replace(GREEDY, stop_token_ids=tuple(range(40)) * 2), "80 given, allowed 63"),
-        (PROMPT, replace(GREEDY, logit_bias={40: 1.0}), "logit_bias: token ids must be in"),
+        (PROMPT, replace(GREEDY, stop_token_ids=(99,)), r"stop_token_ids: 99 is not in \[0, 40\)"),
+        (PROMPT, replace(GREEDY, stop_token_ids=tuple(range(40)) * 2), "80 given, allowed 64"),
+        (PROMPT, replace(GREEDY, logit_bias={40: 1.0}), r"logit_bias: 40 is not in \[0, 40\)"),
+        ((1.5,), GREEDY, "prompt: holds something that is not a token id"),
     ],
 )
 def test_refused_requests(prompt: tuple[int, ...], params: SamplingParams, words: str):

@@ -26,12 +26,14 @@ SETTINGS = settings(
 @pytest.mark.parametrize("part", range(4))
 def test_float64(part: int) -> None:
     @seed(part)
-    @settings(SETTINGS, max_examples=75 * SCALE)
+    @settings(SETTINGS, max_examples=70 * SCALE)
     @given(schedules())
     def run(schedule: Schedule) -> None:
-        check_lossless(schedule, torch.float64)
+        counts.append(check_lossless(schedule, torch.float64))
 
+    counts: list[int] = []
     run()
+    assert sum(counts) >= 500
 
 
 @seed(100)

@@ -24,6 +24,9 @@ def test_what_is_printed_reads_back(tmp_path: Path):
     file = tmp_path / "printed.toml"
     file.write_text(config.to_toml())
     assert resolve(None, file, {}) == config
+    plain = resolve({"draft": None}, environ={})
+    file.write_text(plain.to_toml())
+    assert resolve(None, file, {}) == plain
     assert config.scheduling.decode_batch_sizes == (1, 4)
 
 
@@ -54,9 +57,20 @@ def test_names_are_unique_and_documented():
             "synthetic_acceptance_length = 2.0 and synthetic_acceptance_rate = 0.5: give one",
         ),
         (
-            {"synthetic_acceptance_length": 2.0, "num_draft_tokens": 0},
-            "synthetic acceptance needs num_draft_tokens >= 1",
+            {"synthetic_acceptance_length": 2.0, "draft": "d", "num_draft_tokens": 0},
+            "synthetic acceptance needs a draft and num_draft_tokens >= 1; draft = d, .* = 0",
         ),
+        (
+            {"synthetic_acceptance_length": 9.0, "draft": "d"},
+            "synthetic_acceptance_length = 9.0: allowed 1 to 4",
+        ),
+        (
+            {"draft": "d", "scripted": "drafts", "draft_sampling": "probabilistic"},
+            "scripted = 'drafts' with draft_sampling = 'probabilistic'",
+        ),
+        ({"kv_cache_gib": "nan"}, "kv_cache_gib = nan: expected a finite number"),
+        ({"decode_batch_sizes": "0,-3"}, "-3 is not a whole number >= 0"),
+        ({"decode_batch_sizes": ["a"]}, "'a' is not a whole number >= 0"),
     ],
 )
 def test_refusals(settings: dict[str, object], words: str):

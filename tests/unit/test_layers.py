@@ -14,10 +14,10 @@ LAYERS = [
     "config configs messages spec budget checkpoint_config target_config",
     "sequence blocks step text speculative.stats",
     "scheduler speculative.policy",
-    "parallel models",
-    "sampling speculative batch graphs",
+    "models",
+    "sampling speculative batch graphs pending",
     "runner",
-    "ranks loader engine llm",
+    "loader engine llm",
     "bench server",
     "__main__",
 ]

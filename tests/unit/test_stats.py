@@ -56,7 +56,7 @@ def test_context_buckets():
 
 
 def test_log_lines_are_intervals_and_totals():
-    log = AcceptanceLog(every=6)
+    log = AcceptanceLog(every=6, now_s=0.0)
     made = counter((3, 3))
     assert log.line(made.stats(), 1.0) is None
     made.add(3, 0)
@@ -64,6 +64,7 @@ def test_log_lines_are_intervals_and_totals():
     assert line is not None
     assert "SpecDecoding metrics: Mean acceptance length: 2.50, " in line
     assert "Accepted: 3 tokens, Drafted: 6 tokens" in line
+    assert "Accepted throughput: 1.50 tokens/s" in line
     assert "Per-position acceptance rate: 0.500, 0.500, 0.500" in line
     assert "Avg Draft acceptance rate: 50.0%" in line
     made.add(3, 3)
@@ -72,4 +73,4 @@ def test_log_lines_are_intervals_and_totals():
     assert line is not None
     assert "Mean acceptance length: 4.00" in line
     assert "Average toks/fwd: 3.25, Accepted/Total Draft tokens: 9/12" in line
-    assert AcceptanceLog(every=0).line(made.stats(), 1.0) is None
+    assert AcceptanceLog(every=0, now_s=0.0).line(made.stats(), 1.0) is None

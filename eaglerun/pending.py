@@ -1,0 +1,182 @@
+"""A launched step: its outputs on their way to the host, and how long its parts took."""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eaglerun.messages import TokenLogprobs
+from eaglerun.sampling import LogprobRows
+from eaglerun.step import StepPlan, StepResult, StepTimes
+
+
+@dataclass(slots=True)
+class AuxRows:
+    """Captured hidden states [num_taps, n, H] of positions ``start`` ... of the sequence in a slot.
+
+    Of a decode row all verified positions are here; the first num_accepted + 1 are the text's.
+    """
+
+    slot_id: int
+    start: int
+    hidden: Tensor
+
+
+# Slices of a chunk's rows, and the known token after each row.
+PromptLogprobs = tuple[list[LogprobRows], tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class Decoded:
+    emitted: Tensor
+    accepted: Tensor
+    logprobs: LogprobRows | None
+
+
+@dataclass(slots=True)
+class Prefilled:
+    sampled: Tensor
+    logprobs: LogprobRows | None
+    prompt: list[PromptLogprobs | None]
+
+
+class PendingStep:
+    """A launched step. ``result`` waits for the device."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        decoded: Decoded | None,
+        prefilled: Prefilled | None,
+        num_experts: Tensor,
+        aux: list[AuxRows],
+        clock: "Clock",
+    ) -> None:
+        self.plan = plan
+        self.aux = aux
+        self._decoded = decoded
+        self._prefilled = prefilled
+        self._num_experts = num_experts
+        self._clock = clock
+
+    def result(self) -> StepResult:
+        plan = self.plan
+        self._clock.wait()
+        decode: tuple[tuple[int, ...], ...] = ()
+        accepted: tuple[int, ...] = ()
+        decode_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+        if self._decoded is not None:
+            rows = self._decoded.emitted.tolist()
+            decode = tuple(tuple(t for t in row if t >= 0) for row in rows)
+            accepted = tuple(self._decoded.accepted.tolist())
+            if self._decoded.logprobs is not None:
+                width = len(rows[0])
+                flat = token_logprobs(self._decoded.logprobs, [t for row in rows for t in row])
+                decode_logprobs = tuple(
+                    tuple(flat[b * width : b * width + len(ids)]) for b, ids in enumerate(decode)
+                )
+        prefill: tuple[int, ...] = ()
+        prefill_logprobs: tuple[TokenLogprobs | None, ...] = ()
+        prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+        if self._prefilled is not None:
+            tokens = iter(self._prefilled.sampled.tolist())
+            prefill = tuple(next(tokens) if c.samples else -1 for c in plan.prefill)
+            if self._prefilled.logprobs is not None:
+                ids = [t for t in prefill if t >= 0]
+                flat_one = iter(token_logprobs(self._prefilled.logprobs, ids))
+                prefill_logprobs = tuple(
+                    next(flat_one) if c.samples else None for c in plan.prefill
+                )
+            prompt_logprobs = tuple(map(_of_prompt, self._prefilled.prompt))
+        return StepResult(
+            step_id=plan.step_id,
+            decode=decode,
+            num_accepted=accepted,
+            prefill=prefill,
+            decode_logprobs=decode_logprobs,
+            prefill_logprobs=prefill_logprobs,
+            prompt_logprobs=prompt_logprobs,
+            num_experts=int(self._num_experts),
+            times=self._clock.times(),
+        )
+
+
+class Clock:
+    """Times of a step's parts: events on a GPU, wall time on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        # (part that ended here, when)
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._mark("begin")
+
+    def start(self) -> None:
+        self._mark("other")
+
+    def target_done(self) -> None:
+        self._mark("target")
+
+    def draft_done(self) -> None:
+        self._mark("draft")
+
+    def end(self) -> None:
+        self._mark("other")
+
+    def wait(self) -> None:
+        """Until the device has reached the last mark; what was copied to the host is there."""
+        last = self._marks[-1][1]
+        if isinstance(last, torch.cuda.Event):
+            last.synchronize()
+
+    def times(self) -> StepTimes:
+        spent = {"target": 0.0, "draft": 0.0, "other": 0.0}
+        for (_, before), (part, after) in itertools.pairwise(self._marks):
+            spent[part] += _between_ms(before, after)
+        return StepTimes(spent["target"], spent["draft"], sum(spent.values()))
+
+    def _mark(self, part: str) -> None:
+        if self._gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
+        else:
+            self._marks.append((part, time.perf_counter()))
+
+
+def _between_ms(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, float) and isinstance(after, float):
+        return (after - before) * 1e3
+    assert isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event)
+    elapsed: float = before.elapsed_time(after)
+    return elapsed
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, there once the step's last event is; the next step may overwrite the
+    original at once."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def token_logprobs(rows: LogprobRows, tokens: list[int]) -> list[TokenLogprobs]:
+    """One TokenLogprobs per row; rows and tokens run in parallel."""
+    chosen, rank = rows.chosen.tolist(), rows.rank.tolist()
+    ids, top = rows.top_ids.tolist(), rows.top.tolist()
+    return [
+        TokenLogprobs(token, chosen[i], rank[i], tuple(zip(ids[i], top[i], strict=True)))
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _of_prompt(asked: PromptLogprobs | None) -> tuple[TokenLogprobs, ...]:
+    found: list[TokenLogprobs] = []
+    if asked is not None:
+        parts, tokens = asked
+        for part in parts:
+            after = tokens[len(found) : len(found) + part.chosen.shape[0]]
+            found += token_logprobs(part, list(after))
+    return tuple(found)

@@ -1,0 +1,94 @@
+"""The engine on a GPU: graphs, the host one step ahead, any K: the tokens of the plain engine."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from pairs import CPU, draft_spec, target_spec, tiny_draft, tiny_target, without_draft
+
+from eaglerun.config import resolve
+from eaglerun.engine import Engine
+from eaglerun.llm import LLM
+from eaglerun.loader import Models
+from eaglerun.messages import SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = (5, 70, 130, 16, 33, 200, 64, 90)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Models]:
+    """The same pair, float32, on both devices: widths a kernel tile can take."""
+    kinds = (False, *[True] * 4)
+    target = replace(
+        target_spec(vocab_size=512, block_size=16, num_layers=5, hidden_size=128),
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        rotary_dim=16,
+        index_head_dim=32,
+        num_experts=8,
+        expert_intermediate_size=64,
+        shared_intermediate_size=64,
+        dense_intermediate_size=256,
+        max_position_embeddings=1024,
+        moe_layers=kinds,
+        sparse_layers=kinds,
+        index_shared=(False,) * 5,
+    )
+    draft = draft_spec(target, head_dim=128, intermediate_size=256, max_position_embeddings=1024)
+    on_cpu = tiny_target(0, target, draft.taps, torch.float32)
+    drafts = tiny_draft(1, draft, on_cpu, torch.float32)
+    cuda = torch.device("cuda")
+    return {
+        "cpu": Models("small", on_cpu.to(CPU), drafts, (0,)),
+        "cuda": Models(
+            "small", copy.deepcopy(on_cpu).to(cuda), copy.deepcopy(drafts).to(cuda), (0,)
+        ),
+    }
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 512, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def answers(models: Models, draft: bool, **settings: object) -> tuple[list[list[int]], Engine]:
+    config = {
+        "draft": "small" if draft else None,
+        "max_model_len": 512,
+        "num_kv_blocks": 400,
+        "max_num_seqs": 8,
+        "max_chunk_tokens": 64,
+        "log_stats_every": 0,
+        **settings,
+    }
+    engine = Engine(resolve(config, environ={}), models if draft else without_draft(models))
+    params = [
+        SamplingParams(
+            temperature=float(i % 2), seed=i, max_tokens=64, ignore_eos=True, top_k=40 * (i % 3)
+        )
+        for i in range(len(LENGTHS))
+    ]
+    outputs = LLM.from_engine(engine).generate(prompts(), params, progress=False)
+    return [list(o.token_ids) for o in outputs], engine
+
+
+def test_the_gpu_says_what_the_cpu_says(models: dict[str, Models]):
+    assert answers(models["cuda"], False)[0] == answers(models["cpu"], False)[0]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("k", [0, 1, 3, 7])
+def test_lossless(models: dict[str, Models], k: int, lag: int, eager: bool):
+    plain, _ = answers(models["cuda"], False, enforce_eager=True, lag=0)
+    settings = {"num_draft_tokens": k, "lag": lag, "enforce_eager": eager}
+    got, engine = answers(models["cuda"], True, **settings)
+    assert got == plain
+    assert (len(engine.runner.graphs) > 0) == (not eager)
+    if k:
+        assert engine.stats.acceptance.accepted > 0
+    engine.scheduler.check_integrity()
