@@ -47,13 +47,15 @@ class Choice:
         self._parser = parser
         self._open = vocabulary.id_of(THINK_OPEN)
         self._close = vocabulary.id_of(THINK_CLOSE)
+        self._in_reasoning = parser.in_reasoning
         self.num_reasoning_tokens = 0
         self.finished: Finished | None = None
 
     def feed(self, event: Tokens) -> list[Part]:
-        before = self._parser.in_reasoning
+        before = self._in_reasoning
         parts = self._parser.feed(event.text)
-        if before or self._parser.in_reasoning or any(type(p) is Reasoning for p in parts):
+        self._in_reasoning = self._parser.in_reasoning
+        if before or self._in_reasoning or _has_reasoning(parts):
             self.num_reasoning_tokens += self._count(event.token_ids, before)
         return parts
 
@@ -71,8 +73,14 @@ class Choice:
     def _count(self, ids: tuple[int, ...], before: bool) -> int:
         """How many of the tokens of one event are reasoning, markers included."""
         start = 0 if before or self._open not in ids else ids.index(self._open)
-        closed = not self._parser.in_reasoning and self._close in ids
+        closed = not self._in_reasoning and self._close in ids
         return (ids.index(self._close) + 1 if closed else len(ids)) - start
+
+
+def _has_reasoning(parts: list[Part]) -> bool:
+    if len(parts) > 1:
+        return any(type(part) is Reasoning for part in parts)
+    return bool(parts) and type(parts[0]) is Reasoning
 
 
 def trace_of(event: Tokens, vocabulary: Vocabulary) -> list[dict[str, Any]]:

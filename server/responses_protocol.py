@@ -133,26 +133,26 @@ class ResponsesRequest(ChatFields):
         turns: list[dict[str, Any]] = []
         if self.instructions is not None:
             turns.append({"role": "developer", "content": self.instructions})
-        reasoning = ""
+        reasoning: str | None = None
         for i, item in enumerate(self.input):
             if item.type == "reasoning":
-                reasoning += item.content or item.summary or ""
+                reasoning = (reasoning or "") + (item.content or item.summary or "")
             elif item.type == "function_call" or item.role == "assistant":
                 _add_to_assistant(turns, item, reasoning)
-                reasoning = ""
-            elif reasoning:
+                reasoning = None
+            elif reasoning is not None:
                 raise refuse(f"input[{i}]", "after reasoning comes an item of the assistant")
             elif item.type == "function_call_output":
                 turn = {"role": "tool", "content": item.output, "tool_call_id": item.call_id}
                 turns.append(turn)
             else:
                 turns.append({"role": item.role, "content": item.content})
-        if reasoning:
+        if reasoning is not None:
             raise refuse("input", "ends with reasoning")
         return [Message.model_validate(turn) for turn in turns]
 
 
-def _add_to_assistant(turns: list[dict[str, Any]], item: InputItem, reasoning: str) -> None:
+def _add_to_assistant(turns: list[dict[str, Any]], item: InputItem, reasoning: str | None) -> None:
     """A message begins a turn; a call joins the assistant's turn before it, if there is one."""
     if item.type == "message" or not turns or turns[-1]["role"] != "assistant":
         turns.append({"role": "assistant", "content": item.content})

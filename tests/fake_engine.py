@@ -43,37 +43,38 @@ MARKERS = ("]<]minimax[>[", "<mm:think>", "</mm:think>")
 TEMPLATE = """\
 {%- set ns = ']<]minimax[>[' -%}
 {%- set mode = thinking_mode if thinking_mode is defined else 'adaptive' -%}
-]~!b[]~b]system
-I am a test. Current thinking mode: {{ mode }}.[e~[
-]~b]developer
-{%- for message in messages if message.role in ('system', 'developer') %}
-{{ message.content }}
-{%- endfor %}
-{%- if tools %}
-{%- for tool in tools %}
-<tool>{{ tool.function | tojson }}</tool>
-{%- endfor %}
-{%- endif %}[e~[
-{%- for message in messages if message.role not in ('system', 'developer') %}
-{%- if message.role == 'root' %}{{ raise_exception('no root here') }}{% endif %}
-]~b]{{ 'ai' if message.role == 'assistant' else message.role }}
-{% if message.role == 'assistant' -%}
-{%- if message.reasoning_content %}<mm:think>{{ message.reasoning_content }}{% endif -%}
-</mm:think>
-{%- endif -%}
-{{ message.content or '' }}
-{%- for call in message.tool_calls or [] %}
-{{- ns }}<tool_call>{{ ns }}<invoke name="{{ call.function.name }}">
-{%- for name, value in call.function.arguments.items() -%}
-{{ ns }}<{{ name }}>{{ value }}{{ ns }}</{{ name }}>
+{{- bos_token + ']~b]system\\nI am a test. Current thinking mode: ' + mode + '.[e~[\\n' -}}
+{{- ']~b]developer' -}}
+{%- for message in messages if message.role in ('system', 'developer') -%}
+    {{- '\\n' + message.content -}}
 {%- endfor -%}
-{{ ns }}</invoke>{{ ns }}</tool_call>
-{%- endfor %}[e~[
-{%- endfor %}
-{%- if add_generation_prompt %}
-]~b]ai
-{{ {'enabled': '<mm:think>', 'disabled': '</mm:think>'}.get(mode, '') }}
-{%- endif %}"""
+{%- for tool in tools or [] -%}
+    {{- '\\n<tool>' + (tool.function | tojson) + '</tool>' -}}
+{%- endfor -%}
+{{- '[e~[\\n' -}}
+{%- for message in messages if message.role not in ('system', 'developer') -%}
+    {%- if message.role == 'root' -%}{{- raise_exception('no root here') -}}{%- endif -%}
+    {{- ']~b]' + ('ai' if message.role == 'assistant' else message.role) + '\\n' -}}
+    {%- if message.role == 'assistant' -%}
+        {%- if message.reasoning_content -%}
+            {{- '<mm:think>' + message.reasoning_content -}}
+        {%- endif -%}
+        {{- '</mm:think>' -}}
+    {%- endif -%}
+    {{- message.content or '' -}}
+    {%- for call in message.tool_calls or [] -%}
+        {{- ns + '<tool_call>' + ns + '<invoke name="' + call.function.name + '">' -}}
+        {%- for name, value in call.function.arguments.items() -%}
+            {{- ns + '<' + name + '>' + value + ns + '</' + name + '>' -}}
+        {%- endfor -%}
+        {{- ns + '</invoke>' + ns + '</tool_call>' -}}
+    {%- endfor -%}
+    {{- '[e~[\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- ']~b]ai\\n' -}}
+    {{- {'enabled': '<mm:think>', 'disabled': '</mm:think>'}.get(mode, '') -}}
+{%- endif -%}"""
 
 
 def make_tokenizer() -> Tokenizer:
@@ -96,7 +97,7 @@ class Script:
     """What the engine says to a request.
 
     answer  text of sequence ``index``; the end of it is EOS
-    groups  tokens of the successive events (the last repeats); a group of g had g - 1 drafts right
+    groups  tokens of the successive events (the last repeats); of g > 1 the last was no draft
     fail    break off with Failed after so many events
     gate    if given, every event waits for a permit of this semaphore
     burst   all events of a sequence are ready at once
@@ -210,15 +211,18 @@ def life(request: Request, index: int, script: Script) -> list[Event]:
     reason, stop_reason = FinishReason.LENGTH, None
     counter = AcceptanceCounter()
     groups = list(script.groups)
+    drafts = 8 if sampling.num_draft_tokens is None else sampling.num_draft_tokens
+    max_group = max(1, drafts)
     done = 0
     while done < limit and reason is not FinishReason.STOP:
         size = groups.pop(0) if len(groups) > 1 else groups[0]
-        size = min(size, limit - done, (sampling.num_draft_tokens or 8) + 1)
+        size = min(size, limit - done, max_group)
         said, group = "", ids[done : done + size]
         if size > 1:
             counter.add(size, size - 1)
-        for used, token in enumerate(group, 1):
-            done += 1
+        used = 0
+        for token in group:
+            used, done = used + 1, done + 1
             if token == EOS:
                 reason = FinishReason.STOP
                 break

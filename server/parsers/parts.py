@@ -40,7 +40,9 @@ Part = Reasoning | Content | CallStart | CallArguments | CallEnd
 
 def partial_marker(text: str, marker: str) -> int:
     """Length of the longest end of ``text`` that may turn into ``marker`` with more text."""
-    for n in range(min(len(text), len(marker) - 1), 0, -1):
-        if text.endswith(marker[:n]):
-            return n
+    at = text.find(marker[0], max(0, len(text) - len(marker) + 1))
+    while at >= 0:
+        if marker.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(marker[0], at + 1)
     return 0
