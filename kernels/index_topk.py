@@ -86,6 +86,18 @@ def _block_scores_kernel(
 
 
 @jit
+def _keys(
+    scores_ptr, start, causal, init_blocks, local_blocks,
+    INIT_SCORE: tl.constexpr, LOCAL_SCORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = start + tl.arange(0, BLOCK)
+    score = tl.load(scores_ptr + block, mask=block < causal, other=0.0)
+    score = tl.where(block < init_blocks, INIT_SCORE, score)
+    score = tl.where(block >= causal - local_blocks, LOCAL_SCORE, score)
+    return tl.where(block < causal, ordered_key(score, block), -0x7FFFFFFFFFFFFFFF)
+
+
+@jit
 def _topk_blocks_kernel(
     scores_ptr,
     positions_ptr,
@@ -98,13 +110,14 @@ def _topk_blocks_kernel(
     G: tl.constexpr,
     PAGE: tl.constexpr,
     TOPK: tl.constexpr,
+    ONE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """TOPK passes over one row's scores, each for the largest key below the one before.
 
-    The scores stay in the nearest cache; nothing has to be kept sorted, and any number of
-    blocks will do.
+    Nothing has to be kept sorted. ONE: the scores fit in a program's registers; else each pass
+    reads them again, from the nearest cache.
     """
     at = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + at // G).to(tl.int64)
@@ -114,17 +127,22 @@ def _topk_blocks_kernel(
     ids = tl.full([BLOCK_K], none, tl.int32)
     below = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
     lowest = tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)
-    c = tl.arange(0, BLOCK)
+    scores_ptr += at * columns
+    if ONE:
+        keys = _keys(
+            scores_ptr, 0, causal, init_blocks, local_blocks, INIT_SCORE, LOCAL_SCORE, BLOCK
+        )
     for i in range(0, tl.minimum(causal, TOPK)):
-        best = lowest
-        for start in range(0, causal, BLOCK):
-            block = start + c
-            score = tl.load(scores_ptr + at * columns + block, mask=block < causal, other=0.0)
-            score = tl.where(block < init_blocks, INIT_SCORE, score)
-            score = tl.where(block >= causal - local_blocks, LOCAL_SCORE, score)
-            key = ordered_key(score, block)
-            key = tl.where((block < causal) & (key < below), key, lowest)
-            best = tl.maximum(best, tl.max(key, axis=0))
+        if ONE:
+            best = tl.max(tl.where(keys < below, keys, lowest), axis=0)
+        else:
+            best = lowest
+            for start in range(0, causal, BLOCK):
+                keys = _keys(
+                    scores_ptr, start, causal, init_blocks, local_blocks, INIT_SCORE, LOCAL_SCORE,
+                    BLOCK,
+                )  # fmt: skip
+                best = tl.maximum(best, tl.max(tl.where(keys < below, keys, lowest), axis=0))
         ids = tl.where(slot == i, index_of(best).to(tl.int32), ids)
         below = best
     # Ascending ids: the place of each is the number of smaller ones.
@@ -221,6 +239,7 @@ def topk_blocks(
             PAGE=block_size,
             TOPK=topk,
             BLOCK_K=power_of_2(topk),
+            ONE=columns <= block,
             BLOCK=min(block, power_of_2(columns, 16)),
             **launch,
         )

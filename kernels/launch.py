@@ -27,9 +27,10 @@ _EVERYWHERE: dict[str, Settings] = {
     "attention_merge": {"num_warps": 4},
     "topk_short": {"BLOCK": 1024, "num_warps": 1},
     "topk_long": {"BLOCK": 4096, "num_warps": 4},
-    "route_choose": {"BLOCK_T": 16, "num_warps": 4},
+    "route_choose": {"num_warps": 4},
+    "route_choose_many": {"num_warps": 1},
     "route_count": {"BLOCK": 1024, "num_warps": 4},
-    "moe_sort": {"BLOCK": 1024, "num_warps": 4},
+    "moe_sort": {"BLOCK": 2048, "num_warps": 8},
     "moe_combine": {"BLOCK": 512, "num_warps": 4},
 }
 
@@ -43,21 +44,24 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "index_scores_decode": {"MAX_M": 64, "PAGES": 2, "num_warps": 4, "num_stages": 2},
     "index_scores_prefill": {"MAX_M": 128, "PAGES": 8, "num_warps": 8, "num_stages": 3},
     "route_logits": {
-        "SPLITS": 16, "BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3,
+        "SPLITS": 48, "BLOCK_T": 16, "BLOCK_E": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1,
     },
     "route_logits_many": {
         "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
     },
     "moe_up_few": {
-        "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 4,
+        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
+        "num_warps": 4, "num_stages": 3,
     },
-    "moe_down_few": {"BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 5},
+    "moe_down_few": {"BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 3},
     "moe_up_some": {
-        "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 4,
+        "BLOCK_T": 64, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4,
+        "num_warps": 4, "num_stages": 4,
     },
     "moe_down_some": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 4},
     "moe_up_many": {
-        "BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 4,
+        "BLOCK_T": 128, "EXTRA": 32, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4,
+        "num_warps": 8, "num_stages": 4,
     },
     "moe_down_many": {"BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 4},
 }  # fmt: skip
@@ -80,7 +84,7 @@ _WIDE: dict[str, Settings] = {
     },
     **{
         f"moe_{product}_{regime}/4": {
-            **({"BLOCK_T": 16 if regime == "few" else 32} if product == "up" else {}),
+            **({"BLOCK_T": 16 if regime == "few" else 32, "EXTRA": 0} if product == "up" else {}),
             "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 1, "num_warps": 4, "num_stages": 1,
         }
         for product in ("up", "down")
@@ -102,15 +106,18 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
         "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2,
     },
     "moe_up_few": {
-        "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 2,
+        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
+        "num_warps": 4, "num_stages": 2,
     },
     "moe_down_few": {"BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 2},
     "moe_up_some": {
-        "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 2,
+        "BLOCK_T": 64, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4,
+        "num_warps": 4, "num_stages": 2,
     },
     "moe_down_some": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 2},
     "moe_up_many": {
-        "BLOCK_T": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 2,
+        "BLOCK_T": 128, "EXTRA": 32, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4,
+        "num_warps": 8, "num_stages": 2,
     },
     "moe_down_many": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 2},
 }  # fmt: skip
@@ -136,7 +143,7 @@ def settings(name: str, x: Tensor) -> Settings:
 
 def moe_regime(x: Tensor, pairs: int, experts: int) -> str:
     """few, some or many rows an expert: what reads weights, what is between, what computes."""
-    if pairs <= 16 * experts:
+    if pairs <= 8 * experts:
         return "few"
     return "some" if pairs <= 96 * experts else "many"
 

@@ -27,7 +27,9 @@ def _sort_kernel(
     E,
     max_tiles,
     BLOCK_T: tl.constexpr,
+    EXTRA: tl.constexpr,
     BINS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program e lists the pairs of expert e, in order, in the tiles that are its own.
@@ -42,7 +44,9 @@ def _sort_kernel(
     for start in range(0, pairs, BLOCK):
         ids = tl.load(ids_ptr + start + p, mask=start + p < pairs, other=-1)
         count += tl.histogram(tl.where(ids >= 0, ids, BINS - 1), BINS)
-    tiles = tl.where(bin_id < E, (count + BLOCK_T - 1) // BLOCK_T, 0)
+    # The last tile of an expert takes up to EXTRA pairs more.
+    tiles = tl.maximum((count - EXTRA + BLOCK_T - 1) // BLOCK_T, 1)
+    tiles = tl.where((bin_id < E) & (count > 0), tiles, 0)
     first = tl.sum(tl.where(bin_id < expert, tiles, 0), axis=0)
     mine = tl.sum(tl.where(bin_id == expert, tiles, 0), axis=0)
     if expert == E:
@@ -50,25 +54,28 @@ def _sort_kernel(
     for i in range(0, mine):
         tl.store(tile_expert_ptr + first + i, tl.where(expert == E, -1, expert))
     if (expert < E) & (mine > 0):
-        base = pairs_ptr + first * BLOCK_T
+        stride: tl.constexpr = BLOCK_T + EXTRA
+        base = pairs_ptr + first * stride
         done = tl.zeros([], tl.int32)
         for start in range(0, pairs, BLOCK):
             ids = tl.load(ids_ptr + start + p, mask=start + p < pairs, other=-1)
             hit = ids == expert
             place = done + tl.cumsum(hit.to(tl.int32), axis=0) - 1
+            place += tl.minimum(place // BLOCK_T, mine - 1) * EXTRA
             tl.store(base + place, start + p, mask=hit)
             done += tl.sum(hit.to(tl.int32), axis=0)
-        t = tl.arange(0, BLOCK_T)
-        end = (mine - 1) * BLOCK_T + t
-        tl.store(base + end, tl.full([BLOCK_T], -1, tl.int32), mask=end >= done)
+        s = tl.arange(0, BLOCK_S)
+        for i in range(0, mine):
+            filled = tl.where(i < mine - 1, BLOCK_T, done - i * BLOCK_T)
+            unused = tl.full([BLOCK_S], -1, tl.int32)
+            tl.store(base + i * stride + s, unused, mask=(s >= filled) & (s < stride))
 
 
 @jit
 def _tile(
-    tile_expert_ptr, pairs_ptr, ids_ptr, max_tiles, n_tiles,
-    SORTED: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+    tile_expert_ptr, ids_ptr, max_tiles, n_tiles, SORTED: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """This program's expert (-1: none), pairs (-1: none) and column tile.
+    """This program's expert (-1: none), row tile and column tile.
 
     GROUP row tiles go through the column tiles together, so that tiles of one expert meet its
     weights in the cache. Unsorted: there is one row, and pair i is tile i.
@@ -78,14 +85,81 @@ def _tile(
     size = tl.minimum(max_tiles - group * GROUP, GROUP)
     inner = pid % (GROUP * n_tiles)
     tile = group * GROUP + inner % size
-    t = tl.arange(0, BLOCK_T)
+    expert = tl.load((tile_expert_ptr if SORTED else ids_ptr) + tile)
+    return expert, tile, inner // size
+
+
+@jit
+def _pairs(
+    pairs_ptr, tile, SORTED: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
+    STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Pairs START .. START + COUNT of a tile, -1 where there is none."""
+    t = tl.arange(0, COUNT)
     if SORTED:
-        expert = tl.load(tile_expert_ptr + tile)
-        pairs = tl.load(pairs_ptr + tile * BLOCK_T + t)
+        return tl.load(pairs_ptr + tile * STRIDE + START + t)
     else:
-        expert = tl.load(ids_ptr + tile)
-        pairs = tl.where(t == 0, tile, -1)
-    return expert, pairs, inner // size
+        return tl.where(t == 0, tile, -1)
+
+
+@jit
+def _x_at(x_ptr, x_row, pairs, topk, k):
+    """Where the rows of pairs begin, [k, pairs]."""
+    rows = tl.where(pairs >= 0, pairs // topk, 0).to(tl.int64)
+    return x_ptr + rows[None, :] * x_row + k[:, None]
+
+
+@jit
+def _put(y_ptr, y, pairs, n, WIDTH: tl.constexpr):
+    """y [n, pairs] to rows of WIDTH."""
+    at = pairs.to(tl.int64)[None, :] * WIDTH + n[:, None]
+    tl.store(y_ptr + at, y, mask=(pairs >= 0)[None, :] & (n < WIDTH)[:, None])
+
+
+@jit
+def _up(
+    x_ptr, w_ptr, a_ptr, pairs, more, expert, n_tile, x_row, alpha, limit, beta, topk,
+    H: tl.constexpr, I: tl.constexpr, DOT: tl.constexpr, WIDER: tl.constexpr,  # noqa: E741
+    BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The activated columns of a tile's pairs, and WIDER: of ``more`` by the same weights."""
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Columns past the end read the last one, and are not stored.
+    at = tl.minimum(n, I - 1)
+    gate_at = w_ptr + expert.to(tl.int64) * (2 * I * H) + at[:, None] * H + k[None, :]
+    up_at = gate_at + I * H
+    x_at = _x_at(x_ptr, x_row, pairs, topk, k)
+    gate = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    if WIDER:
+        x2_at = _x_at(x_ptr, x_row, more, topk, k)
+        gate2 = tl.zeros([BLOCK_N, EXTRA], tl.float32)
+        up2 = tl.zeros([BLOCK_N, EXTRA], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        inside = start + k < H
+        wanted = (pairs >= 0)[None, :]
+        if H % BLOCK_K == 0:
+            wg = tl.load(gate_at).to(DOT)
+            wu = tl.load(up_at).to(DOT)
+        else:
+            wanted = wanted & inside[:, None]
+            wg = tl.load(gate_at, mask=inside[None, :], other=0.0).to(DOT)
+            wu = tl.load(up_at, mask=inside[None, :], other=0.0).to(DOT)
+        x = tl.load(x_at, mask=wanted, other=0.0).to(DOT)
+        gate = tl.dot(wg, x, gate, input_precision="ieee")
+        up = tl.dot(wu, x, up, input_precision="ieee")
+        if WIDER:
+            x2 = tl.load(x2_at, mask=(more >= 0)[None, :] & inside[:, None], other=0.0).to(DOT)
+            gate2 = tl.dot(wg, x2, gate2, input_precision="ieee")
+            up2 = tl.dot(wu, x2, up2, input_precision="ieee")
+            x2_at += BLOCK_K
+        x_at += BLOCK_K
+        gate_at += BLOCK_K
+        up_at += BLOCK_K
+    _put(a_ptr, clamped_swiglu(gate, up, alpha, limit, beta), pairs, n, I)
+    if WIDER:
+        _put(a_ptr, clamped_swiglu(gate2, up2, alpha, limit, beta), more, n, I)
 
 
 @jit
@@ -108,45 +182,73 @@ def _up_kernel(
     SORTED: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """a[pair, i] = activation(w[e, i] . x, w[e, I + i] . x)."""
-    expert, pairs, n_tile = _tile(
-        tile_expert_ptr, pairs_ptr, ids_ptr, max_tiles, n_tiles, SORTED, GROUP, BLOCK_T
-    )
+    """a[pair, i] = activation(w[e, i] . x, w[e, I + i] . x).
+
+    EXTRA: room for so many pairs more beside a full tile, by the same weights, so that an
+    expert's few last pairs do not cost a tile's reading of them; 0: none.
+    """
+    expert, tile, n_tile = _tile(tile_expert_ptr, ids_ptr, max_tiles, n_tiles, SORTED, GROUP)
     if expert < 0:
         return
+    stride: tl.constexpr = BLOCK_T + EXTRA
+    pairs = _pairs(pairs_ptr, tile, SORTED, 0, BLOCK_T, stride)
+    if EXTRA > 0:
+        more = _pairs(pairs_ptr, tile, SORTED, BLOCK_T, EXTRA, stride)
+        if tl.max(more, axis=0) >= 0:
+            _up(
+                x_ptr, w_ptr, a_ptr, pairs, more, expert, n_tile, x_row, alpha, limit, beta, topk,
+                H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _up(
+                x_ptr, w_ptr, a_ptr, pairs, pairs, expert, n_tile, x_row, alpha, limit, beta, topk,
+                H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        _up(
+            x_ptr, w_ptr, a_ptr, pairs, pairs, expert, n_tile, x_row, alpha, limit, beta, topk,
+            H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@jit
+def _down(
+    a_ptr, w_ptr, y_ptr, pairs, more, expert, n_tile,
+    H: tl.constexpr, I: tl.constexpr, DOT: tl.constexpr, WIDER: tl.constexpr,  # noqa: E741
+    BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    real = pairs >= 0
-    rows = tl.where(real, pairs // topk, 0).to(tl.int64)
-    # Columns past the end read the last one, and are not stored.
-    at = tl.minimum(n, I - 1)
-    gate_at = w_ptr + expert.to(tl.int64) * (2 * I * H) + at[:, None] * H + k[None, :]
-    up_at = gate_at + I * H
-    x_at = x_ptr + rows[None, :] * x_row + k[:, None]
-    gate = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    for start in range(0, H, BLOCK_K):
-        if H % BLOCK_K == 0:
-            x = tl.load(x_at, mask=real[None, :], other=0.0).to(DOT)
-            wg = tl.load(gate_at).to(DOT)
-            wu = tl.load(up_at).to(DOT)
+    at = tl.minimum(n, H - 1)
+    w_at = w_ptr + expert.to(tl.int64) * (H * I) + at[:, None] * I + k[None, :]
+    a_at = _x_at(a_ptr, I, pairs, 1, k)
+    y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    if WIDER:
+        a2_at = _x_at(a_ptr, I, more, 1, k)
+        y2 = tl.zeros([BLOCK_N, EXTRA], tl.float32)
+    for start in range(0, I, BLOCK_K):
+        inside = start + k < I
+        wanted = (pairs >= 0)[None, :]
+        if I % BLOCK_K == 0:
+            w = tl.load(w_at).to(DOT)
         else:
-            inside = start + k < H
-            x = tl.load(x_at, mask=real[None, :] & inside[:, None], other=0.0).to(DOT)
-            wg = tl.load(gate_at, mask=inside[None, :], other=0.0).to(DOT)
-            wu = tl.load(up_at, mask=inside[None, :], other=0.0).to(DOT)
-        gate = tl.dot(wg, x, gate, input_precision="ieee")
-        up = tl.dot(wu, x, up, input_precision="ieee")
-        x_at += BLOCK_K
-        gate_at += BLOCK_K
-        up_at += BLOCK_K
-    y = clamped_swiglu(gate, up, alpha, limit, beta)
-    out = pairs.to(tl.int64)[None, :] * I + n[:, None]
-    tl.store(a_ptr + out, y, mask=real[None, :] & (n < I)[:, None])
+            wanted = wanted & inside[:, None]
+            w = tl.load(w_at, mask=inside[None, :], other=0.0).to(DOT)
+        y = tl.dot(w, tl.load(a_at, mask=wanted, other=0.0).to(DOT), y, input_precision="ieee")
+        if WIDER:
+            a2 = tl.load(a2_at, mask=(more >= 0)[None, :] & inside[:, None], other=0.0).to(DOT)
+            y2 = tl.dot(w, a2, y2, input_precision="ieee")
+            a2_at += BLOCK_K
+        a_at += BLOCK_K
+        w_at += BLOCK_K
+    _put(y_ptr, y, pairs, n, H)
+    if WIDER:
+        _put(y_ptr, y2, more, n, H)
 
 
 @jit
@@ -164,36 +266,34 @@ def _down_kernel(
     SORTED: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y[pair, h] = w[e, h] . a[pair], in fp32."""
-    expert, pairs, n_tile = _tile(
-        tile_expert_ptr, pairs_ptr, ids_ptr, max_tiles, n_tiles, SORTED, GROUP, BLOCK_T
-    )
+    """y[pair, h] = w[e, h] . a[pair]; EXTRA as in _up_kernel."""
+    expert, tile, n_tile = _tile(tile_expert_ptr, ids_ptr, max_tiles, n_tiles, SORTED, GROUP)
     if expert < 0:
         return
-    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    real = pairs >= 0
-    at = tl.minimum(n, H - 1)
-    w_at = w_ptr + expert.to(tl.int64) * (H * I) + at[:, None] * I + k[None, :]
-    a_at = a_ptr + tl.where(real, pairs, 0).to(tl.int64)[None, :] * I + k[:, None]
-    y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    for start in range(0, I, BLOCK_K):
-        if I % BLOCK_K == 0:
-            a = tl.load(a_at, mask=real[None, :], other=0.0).to(DOT)
-            w = tl.load(w_at).to(DOT)
+    stride: tl.constexpr = BLOCK_T + EXTRA
+    pairs = _pairs(pairs_ptr, tile, SORTED, 0, BLOCK_T, stride)
+    if EXTRA > 0:
+        more = _pairs(pairs_ptr, tile, SORTED, BLOCK_T, EXTRA, stride)
+        if tl.max(more, axis=0) >= 0:
+            _down(
+                a_ptr, w_ptr, y_ptr, pairs, more, expert, n_tile,
+                H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         else:
-            inside = start + k < I
-            a = tl.load(a_at, mask=real[None, :] & inside[:, None], other=0.0).to(DOT)
-            w = tl.load(w_at, mask=inside[None, :], other=0.0).to(DOT)
-        y = tl.dot(w, a, y, input_precision="ieee")
-        a_at += BLOCK_K
-        w_at += BLOCK_K
-    out = pairs.to(tl.int64)[None, :] * H + n[:, None]
-    tl.store(y_ptr + out, y, mask=real[None, :] & (n < H)[:, None])
+            _down(
+                a_ptr, w_ptr, y_ptr, pairs, pairs, expert, n_tile,
+                H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        _down(
+            a_ptr, w_ptr, y_ptr, pairs, pairs, expert, n_tile,
+            H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 @jit
@@ -220,7 +320,7 @@ def _combine_kernel(
         real = tl.load(ids_ptr + pair) >= 0
         weight = tl.load(weights_ptr + pair).to(tl.float32)
         y = tl.load(y_ptr + pair * H + h, mask=h < tl.where(real, H, 0), other=0.0)
-        total += tl.where(real, weight, 0.0) * y
+        total += tl.where(real, weight, 0.0) * y.to(tl.float32)
     tl.store(out_ptr + row * H + h, total, mask=live)
 
 
@@ -239,7 +339,8 @@ def moe_gemm(
     """The weighted sum of each row's experts, and the shared expert's output.
 
     a[n, j] = round(swiglu_oai(w13[ids[n, j]] x[n])), the product unrounded
-    y[n] = shared[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once. ids of -1 add
+    y[n] = shared[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once (where there are
+    many rows an expert, each product is rounded to x.dtype before the sum). ids of -1 add
     nothing, and x[n] is not used where all are -1. No weight of an expert that is in no id is
     read.
 
@@ -287,13 +388,15 @@ def moe_gemm(
     pairs, device = rows * topk, x.device
     regime = moe_regime(x, pairs, experts)
     up, down = settings(f"moe_up_{regime}", x), settings(f"moe_down_{regime}", x)
-    block_t = up["BLOCK_T"]
+    block_t, extra = up["BLOCK_T"], up["EXTRA"]
     # sum_e ceil(c_e / T) over at most min(pairs, E) visited experts.
     max_tiles = min(pairs, experts + pairs // block_t)
     tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=device)
-    order = torch.empty(max_tiles * block_t, dtype=torch.int32, device=device)
+    order = torch.empty(max_tiles * (block_t + extra), dtype=torch.int32, device=device)
     activated = torch.empty(pairs, width, dtype=x.dtype, device=device)
-    product = torch.empty(pairs, hidden, dtype=torch.float32, device=device)
+    # Many rows write and read their products as bytes that count; few do not.
+    wide = torch.float32 if regime != "many" else x.dtype
+    product = torch.empty(pairs, hidden, dtype=wide, device=device)
     if rows > 1:
         _sort_kernel[(experts + 1,)](
             ids,
@@ -303,7 +406,9 @@ def moe_gemm(
             experts,
             max_tiles,
             BLOCK_T=block_t,
+            EXTRA=extra,
             BINS=power_of_2(experts + 1),
+            BLOCK_S=power_of_2(block_t + extra),
             **settings("moe_sort", x),
         )
     tiles = (tile_expert, order)
@@ -341,6 +446,7 @@ def moe_gemm(
         SORTED=rows > 1,
         DOT=dot_dtype(x.dtype),
         BLOCK_T=block_t,
+        EXTRA=extra,
         **down,
     )
     launch = settings("moe_combine", x)

@@ -36,7 +36,7 @@ def _logits_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """part[split, n, e] = x[n] . gate[e] over the split's columns, to fp32 accuracy.
+    """part[n, split, e] = x[n] . gate[e] over the split's columns, to fp32 accuracy.
 
     A bf16 x meets the fp32 gate as three bf16 numbers that sum to it (3 * 8 bits hold its 24),
     whose products are exact, so that the tensor cores do.
@@ -63,7 +63,7 @@ def _logits_kernel(
             acc = tl.dot(x, low, acc)
             acc = tl.dot(x, middle, acc)
             acc = tl.dot(x, high, acc)
-    at = (split * rows + t).to(tl.int64)[:, None] * E + e[None, :]
+    at = (t.to(tl.int64) * tl.num_programs(2) + split)[:, None] * E + e[None, :]
     tl.store(part_ptr + at, acc, mask=live[:, None] & (e < E)[None, :])
 
 
@@ -75,7 +75,6 @@ def _choose_kernel(
     ids_ptr,
     weights_ptr,
     count_ptr,
-    rows,
     E,
     scale,
     SPLITS: tl.constexpr,
@@ -83,52 +82,43 @@ def _choose_kernel(
     SHARED: tl.constexpr,
     BIAS: tl.constexpr,
     COUNT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """The choice of one row. COUNT: it is the only row, and its experts are counted here."""
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
     e = tl.arange(0, BLOCK_E)
-    there = (t < rows)[:, None] & (e < E)[None, :]
-    at = t.to(tl.int64)[:, None] * E + e[None, :]
-    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for s in range(0, SPLITS):
-        logits += tl.load(part_ptr + s * rows * E + at, mask=there, other=0.0)
-    score = 1.0 / (1.0 + tl.exp(-logits))
+    at = row * (SPLITS * E) + s[:, None] * E + e[None, :]
+    part = tl.load(part_ptr + at, mask=(s < SPLITS)[:, None] & (e < E)[None, :], other=0.0)
+    score = 1.0 / (1.0 + tl.exp(-tl.sum(part, axis=0)))
     choice = score
     if BIAS:
-        choice += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+        choice += tl.load(bias_ptr + e, mask=e < E, other=0.0)
     lowest: tl.constexpr = -0x7FFFFFFFFFFFFFFF
-    key = tl.where((e < E)[None, :], ordered_key(choice, e[None, :]), lowest)
-    real = (t < rows) & (tl.load(positions_ptr + t, mask=t < rows, other=-1) >= 0)
+    key = tl.where(e < E, ordered_key(choice, e), lowest)
     j = tl.arange(0, BLOCK_K)
-    ids = tl.full([BLOCK_T, BLOCK_K], -1, tl.int32)
-    weights = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
-    hit = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
-    total = tl.zeros([BLOCK_T], tl.float32)
+    ids = tl.full([BLOCK_K], -1, tl.int32)
+    weights = tl.zeros([BLOCK_K], tl.float32)
+    total = tl.zeros([], tl.float32)
     for i in tl.static_range(TOPK):
-        best = index_of(tl.max(key, axis=1)).to(tl.int32)
-        mine = e[None, :] == best[:, None]
-        weight = tl.sum(tl.where(mine, score, 0.0), axis=1)
+        best = index_of(tl.max(key, axis=0)).to(tl.int32)
+        weight = tl.sum(tl.where(e == best, score, 0.0), axis=0)
         total += weight
-        ids = tl.where((j == i)[None, :], best[:, None], ids)
-        weights = tl.where((j == i)[None, :], weight[:, None], weights)
-        key = tl.where(mine, lowest, key)
-        hit = tl.where(mine & real[:, None], 1, hit)
-    weights = weights * (scale / total)[:, None]
+        ids = tl.where(j == i, best, ids)
+        weights = tl.where(j == i, weight, weights)
+        key = tl.where(e == best, lowest, key)
+    weights = weights * (scale / total)
     for i in tl.static_range(SHARED):
-        ids = tl.where((j == TOPK + i)[None, :], E + i, ids)
-        weights = tl.where((j == TOPK + i)[None, :], 1.0, weights)
-    ids = tl.where(real[:, None], ids, -1)
-    weights = tl.where(real[:, None], weights, 0.0)
-    out = t.to(tl.int64)[:, None] * (TOPK + SHARED) + j[None, :]
-    mask = (t < rows)[:, None] & (j < TOPK + SHARED)[None, :]
-    tl.store(ids_ptr + out, ids, mask=mask)
-    tl.store(weights_ptr + out, weights, mask=mask)
+        ids = tl.where(j == TOPK + i, E + i, ids)
+        weights = tl.where(j == TOPK + i, 1.0, weights)
+    real = tl.load(positions_ptr + row) >= 0
+    out = row * (TOPK + SHARED) + j
+    tl.store(ids_ptr + out, tl.where(real, ids, -1), mask=j < TOPK + SHARED)
+    tl.store(weights_ptr + out, tl.where(real, weights, 0.0), mask=j < TOPK + SHARED)
     if COUNT:
-        # One program holds every row.
-        distinct = tl.sum(tl.max(hit, axis=0), axis=0).to(tl.int64)
-        tl.store(count_ptr, tl.load(count_ptr) + distinct)
+        tl.store(count_ptr, tl.load(count_ptr) + tl.where(real, TOPK, 0))
 
 
 @jit
@@ -200,7 +190,7 @@ def moe_route(
     launch = settings("route_logits" if rows <= 64 else "route_logits_many", x)
     per_split = launch["BLOCK_K"] * cdiv(width, launch.pop("SPLITS") * launch["BLOCK_K"])
     splits = cdiv(width, per_split)
-    part = torch.empty(splits, rows, experts, dtype=torch.float32, device=x.device)
+    part = torch.empty(rows, splits, experts, dtype=torch.float32, device=x.device)
     _logits_kernel[(cdiv(rows, launch["BLOCK_T"]), cdiv(experts, launch["BLOCK_E"]), splits)](
         x,
         gate,
@@ -214,28 +204,27 @@ def moe_route(
         DOT=dot_dtype(x.dtype),
         **launch,
     )
-    launch = settings("route_choose", x)
-    programs = cdiv(rows, launch["BLOCK_T"])
-    _choose_kernel[(programs,)](
+    launch = settings("route_choose" if rows <= 64 else "route_choose_many", x)
+    _choose_kernel[(rows,)](
         part,
         gate if bias is None else bias,
         positions,
         ids,
         weights,
         ids if num_experts is None else num_experts,
-        rows,
         experts,
         scale,
         SPLITS=splits,
         TOPK=topk,
         SHARED=num_shared,
         BIAS=bias is not None,
-        COUNT=num_experts is not None and programs == 1,
+        COUNT=num_experts is not None and rows == 1,
+        BLOCK_S=power_of_2(splits),
         BLOCK_E=power_of_2(experts),
         BLOCK_K=power_of_2(topk + num_shared),
         **launch,
     )
-    if num_experts is not None and programs > 1:
+    if num_experts is not None and rows > 1:
         _count_kernel[(1,)](
             ids,
             num_experts,

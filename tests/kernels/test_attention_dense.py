@@ -1,0 +1,82 @@
+import pytest
+import torch
+from compare import compare
+from paged import paged
+
+from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
+
+LENGTHS = (5, 0, 261, 67)
+
+
+@pytest.mark.parametrize(
+    "rows, block_size, heads, groups, dim",
+    [
+        (1, 4, 8, 2, 32),
+        (4, 16, 8, 2, 32),
+        (3, 128, 4, 4, 24),
+        (1, 16, 3, 1, 8),
+        (1, 128, 64, 4, 128),
+    ],
+)
+def test_uniform(rows, block_size, heads, groups, dim, device):
+    kv = paged(LENGTHS, block_size, (groups, dim), (groups, dim), device=device)
+    positions = kv.uniform(rows)
+    positions[-1] = -1
+    q = torch.randn(len(positions), heads + 1, dim, device=device)[:, 1:]
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    out = compare(attention_dense, q, *kv.caches, *where, dim**-0.5)
+    assert out[-1].eq(0).all()
+    compare(attention_dense, q, *kv.caches, *where, dim**-0.5, 1, 7)
+
+
+def test_bf16(device):
+    kv = paged(LENGTHS, 16, (2, 32), (2, 32), dtype=torch.bfloat16, device=device)
+    positions = kv.uniform(3)
+    q = torch.randn(len(positions), 8, 32, device=device).bfloat16()
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    compare(attention_dense, q, *kv.caches, *where, 0.2, ulps=4)
+
+
+def test_no_row_and_no_key(device):
+    kv = paged((7, 0), 4, (2, 16), (2, 16), device=device)
+    q = torch.randn(2, 4, 16, device=device)
+    nothing = torch.full((2,), -1, device=device)
+    where = (kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    assert attention_dense.kernel(q, *kv.caches, nothing, *where, 0.2).eq(0).all()
+    compare(attention_dense, q[:0], *kv.caches, nothing[:0], *where, 0.2)
+    # The only key of position 0 is one that the draft does not have.
+    compare(attention_dense, q, *kv.caches, torch.zeros_like(nothing), *where, 0.2, 1)
+
+
+@pytest.mark.parametrize("max_seq_len", [300, 20000])
+def test_a_row_depends_on_its_own_keys_alone(max_seq_len, device):
+    kv = paged((300, 299), 16, (2, 16), (2, 16), device=device)
+    q, positions = torch.randn(2, 4, 16, device=device), kv.uniform(1)
+    short = attention_dense.kernel(
+        q[:1], *kv.caches, positions[:1], kv.block_tables[:1], kv.seq_lens[:1], 300, 0.2
+    )
+    longer = attention_dense.kernel(
+        q, *kv.caches, positions, kv.block_tables, kv.seq_lens, max_seq_len, 0.2
+    )
+    assert torch.equal(short[0], longer[0])
+
+
+@pytest.mark.parametrize("block_size, heads, groups", [(4, 8, 2), (128, 3, 3), (16, 16, 1)])
+def test_ragged(block_size, heads, groups, device):
+    kv = paged(LENGTHS, block_size, (groups, 24), (groups, 24), device=device)
+    q_lens = (2, 0, 71, 5)
+    positions, sums = kv.ragged(q_lens, 3)
+    q = torch.randn(len(positions), heads, 24, device=device)
+    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
+    out = compare(attention_dense_ragged, q, *kv.caches, *where, 0.2)
+    assert out[-3:].eq(0).all()
+    compare(attention_dense_ragged, q, *kv.caches, *where, 0.2, 1, 9)
+
+
+def test_raises(device):
+    kv = paged((7, 3), 4, (2, 16), (2, 16), device=device)
+    where = (kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    q = torch.randn(3, 4, 16, device=device)
+    for rows in (q, q[:2, :3], q[:2].double()):
+        with pytest.raises(ValueError, match="attention_dense"):
+            attention_dense.kernel(rows, *kv.caches, kv.uniform(1)[: len(rows)], *where, 0.2)

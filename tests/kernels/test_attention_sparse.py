@@ -1,0 +1,79 @@
+import pytest
+import torch
+from compare import compare
+from paged import paged
+
+from eaglerun.kernels.attention_dense import attention_dense
+from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
+from eaglerun.kernels.language import cdiv
+
+LENGTHS = (5, 0, 150, 67)
+
+
+def selection(positions, groups, block_size, topk):
+    """Random causal blocks, the row's own among them, left packed, in any order."""
+    ids = torch.full((len(positions), groups, topk), -1, dtype=torch.int32)
+    for n, p in enumerate(positions.tolist()):
+        for g in range(groups if p >= 0 else 0):
+            last = p // block_size
+            others = torch.randperm(last)[: topk - 1]
+            chosen = torch.cat((others, torch.tensor([last])))
+            ids[n, g, : len(chosen)] = chosen.int()
+    return ids.to(positions.device)
+
+
+@pytest.mark.parametrize(
+    "rows, topk, block_size, heads, groups, dim",
+    [(1, 1, 4, 8, 2, 32), (1, 16, 4, 3, 3, 24), (3, 3, 16, 8, 2, 32), (2, 3, 64, 4, 1, 16)],
+)
+def test_uniform(rows, topk, block_size, heads, groups, dim, device):
+    kv = paged(LENGTHS, block_size, (groups, dim), (groups, dim), device=device)
+    positions = kv.uniform(rows)
+    positions[-1] = -1
+    ids = selection(positions, groups, block_size, topk)
+    q = torch.randn(len(positions), heads, dim, device=device)
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    out = compare(attention_sparse, q, *kv.caches, ids, *where, 0.2)
+    assert out[-1].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_m3(dtype, device):
+    kv = paged((2500,), 128, (4, 128), (4, 128), dtype=dtype, device=device)
+    positions = kv.uniform(1)
+    ids = selection(positions, 4, 128, 16)
+    q = torch.randn(1, 64, 128, device=device).to(dtype)
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    compare(attention_sparse, q, *kv.caches, ids, *where, 128**-0.5, ulps=4)
+
+
+def test_all_blocks_are_full_attention(device):
+    kv = paged((70, 33), 8, (2, 16), (2, 16), device=device)
+    positions = kv.uniform(2)
+    ids = selection(positions, 2, 8, cdiv(70, 8))
+    q = torch.randn(4, 4, 16, device=device)
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len, 0.2)
+    sparse = attention_sparse.kernel(q, *kv.caches, ids, *where)
+    dense = attention_dense.kernel(q, *kv.caches, *where)
+    torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [4, 32])
+def test_ragged(block_size, device):
+    kv = paged(LENGTHS, block_size, (2, 16), (2, 16), device=device)
+    q_lens = (2, 0, 19, 5)
+    positions, sums = kv.ragged(q_lens, 2)
+    ids = selection(positions, 2, block_size, 3)
+    q = torch.randn(len(positions), 8, 16, device=device)
+    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
+    out = compare(attention_sparse_ragged, q, *kv.caches, ids, *where, 0.2)
+    assert out[-2:].eq(0).all()
+
+
+def test_raises(device):
+    kv = paged((7, 3), 4, (2, 16), (2, 16), device=device)
+    where = (kv.uniform(1), kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    q, ids = torch.randn(2, 4, 16, device=device), selection(where[0], 2, 4, 3)
+    for bad in (ids.long(), ids[:, :1]):
+        with pytest.raises(ValueError, match="attention_sparse"):
+            attention_sparse.kernel(q, *kv.caches, bad, *where, 0.2)

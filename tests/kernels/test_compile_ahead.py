@@ -1,0 +1,54 @@
+"""Every kernel compiles for each device of the launch table, at M3's shapes, and fits there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eaglerun.kernels.language import INSTALLED
+from eaglerun.kernels.launch import TABLE
+
+SHARED_BYTES = {"sm_90": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
+SCRIPT = Path(__file__).with_name("compile_ahead.py")
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory):
+    """One process a device, side by side: this one may have defined the kernels for the
+    interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1])
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    environment["OMP_NUM_THREADS"] = "1"
+
+    def start(arch):
+        cache = str(tmp_path_factory.mktemp(arch))
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), arch],
+            env=environment | {"TRITON_CACHE_DIR": cache},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    started = {arch: start(arch) for arch in TABLE}
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("arch", TABLE)
+def test_compiles_and_fits(arch, compilers):
+    out, err = compilers[arch].communicate()
+    assert compilers[arch].returncode == 0, err[-2000:]
+    programs = [json.loads(line) for line in out.splitlines()]
+    assert len(programs) > 40
+    too_big = [p for p in programs if p["shared_bytes"] > SHARED_BYTES[arch]]
+    assert not too_big
+    spilling = [p for p in programs if p["scratch_bytes"]]
+    assert not spilling

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from compare import compare
+
+from eaglerun.kernels.draft_inputs import draft_inputs, kv_slots_of, verify_inputs
+
+
+def table(batch, device):
+    return torch.randint(0, 50, (batch, 9), dtype=torch.int32, device=device)[:, 1:8]
+
+
+@pytest.mark.parametrize("batch, rows", [(0, 1), (1, 1), (5, 1), (3, 200)])
+def test_slots(batch, rows, device):
+    positions = torch.randint(-1, 28, (batch, rows), device=device)
+    compare(kv_slots_of, positions, table(batch, device), 4)
+
+
+def test_known_slot(device):
+    blocks = torch.tensor([[9, 4]], dtype=torch.int32, device=device)
+    assert kv_slots_of.kernel(torch.tensor([[130]], device=device), blocks, 128).item() == 514
+
+
+@pytest.mark.parametrize("batch, rows", [(0, 4), (1, 1), (7, 4), (33, 8)])
+def test_verify_inputs(batch, rows, device):
+    length = torch.randint(1, 20, (batch,), device=device)
+    last = torch.randint(0, 99, (batch,), device=device)
+    drafts = torch.randint(0, 99, (batch, 9), device=device)[:, : rows + 1]
+    num_drafts = torch.randint(-1, rows, (batch, 3), device=device)[:, 1]
+    compare(verify_inputs, length, last, drafts, num_drafts, table(batch, device), 4, rows)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 33])
+@pytest.mark.parametrize("pass_index", [0, 1, 2])
+def test_draft_inputs(batch, pass_index, device):
+    position = torch.randint(0, 20, (batch,), device=device)
+    num_propose = torch.randint(0, 4, (batch, 3), device=device)[:, 2]
+    compare(draft_inputs, position, pass_index, num_propose, table(batch, device), 4)
+
+
+def test_raises(device):
+    positions = torch.zeros(2, 1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="kv_slots_of"):
+        kv_slots_of.kernel(positions, table(2, device).long(), 4)

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from compare import compare
+from paged import paged
+
+from eaglerun.kernels.index_topk import block_scores, index_topk, index_topk_ragged, topk_blocks
+
+LENGTHS = (5, 0, 131, 67)
+
+
+@pytest.mark.parametrize(
+    "rows, block_size, groups, dim",
+    [(1, 4, 2, 32), (4, 16, 3, 24), (1, 128, 4, 128), (3, 128, 1, 16)],
+)
+def test_uniform(rows, block_size, groups, dim, device):
+    kv = paged(LENGTHS, block_size, (dim,), device=device)
+    positions = kv.uniform(rows)
+    positions[-1] = -1
+    q = torch.randn(len(positions), groups, dim, device=device)
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    compare(block_scores, q, kv.caches[0], *where)
+    out = compare(index_topk, q, kv.caches[0], *where, 3, 0, 1)
+    assert out[-1].eq(-1).all()
+    compare(index_topk, q, kv.caches[0], *where, 5, 1, 2)
+
+
+def test_bf16_and_a_broken_key(device):
+    kv = paged((70,), 8, (32,), dtype=torch.bfloat16, device=device)
+    kv.caches[0][kv.block_tables[0, 3].long(), 5] = float("nan")
+    q = torch.randn(1, 2, 32, device=device).bfloat16()
+    where = (kv.uniform(1), kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    scores = compare(block_scores, q, kv.caches[0], *where)
+    assert scores[0, :, 3].eq(torch.tensor(-1e30)).all()
+
+
+@pytest.mark.parametrize("block_size", [4, 128])
+def test_ragged(block_size, device):
+    kv = paged(LENGTHS, block_size, (24,), device=device)
+    q_lens = (2, 0, 35, 5)
+    positions, sums = kv.ragged(q_lens, 3)
+    q = torch.randn(len(positions), 2, 24, device=device)
+    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
+    out = compare(index_topk_ragged, q, kv.caches[0], *where, 4, 0, 1)
+    assert out[-3:].eq(-1).all()
+
+
+@pytest.mark.parametrize("columns", [1, 17, 1300])
+@pytest.mark.parametrize("init_blocks, local_blocks", [(0, 1), (2, 0), (3, 2)])
+def test_topk_of_equal_scores(columns, init_blocks, local_blocks, device):
+    scores = torch.randn(3, 2, columns, device=device).round()
+    positions = torch.randint(0, columns * 8, (3,), device=device)
+    positions[0], positions[1] = -1, columns * 8 - 1
+    forced = (16, init_blocks, local_blocks)
+    compare(topk_blocks, scores, positions, 8, *forced)
+    compare(topk_blocks, torch.zeros_like(scores[2:]), positions[2:], 8, *forced)
+    # What lies past a row's blocks is never read.
+    blocks = torch.arange(columns, device=device)
+    causal = blocks <= torch.div(positions, 8, rounding_mode="floor")[:, None, None]
+    spoiled = scores.masked_fill(~causal, float("nan"))
+    chosen = topk_blocks.kernel(scores, positions, 8, *forced)
+    assert torch.equal(topk_blocks.kernel(spoiled, positions, 8, *forced), chosen)
+
+
+def test_blocks_of_the_fact_sheet(device):
+    scores = torch.randn(5, 1, 17, device=device)
+    positions = torch.tensor([0, 127, 128, 2047, 2048], device=device)
+    ids = topk_blocks.kernel(scores, positions, 128, 16, 0, 1)
+    assert (ids >= 0).sum(-1).flatten().tolist() == [1, 1, 2, 16, 16]
+    dropped = scores[4, 0, :16].argmin().item()
+    assert sorted({*range(17)} - {dropped}) == ids[4, 0].tolist()
+
+
+def test_raises(device):
+    kv = paged((7, 3), 4, (16,), device=device)
+    q = torch.randn(3, 2, 16, device=device)
+    where = (kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    with pytest.raises(ValueError, match="block_scores"):
+        block_scores.kernel(q, kv.caches[0], torch.zeros(3, device=device).long(), *where)
