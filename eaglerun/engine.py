@@ -17,7 +17,8 @@ from eaglerun.messages import Event, Request
 from eaglerun.models.attention import DraftKV, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.runner import AuxRows, PendingStep, Runner, RunnerOptions
+from eaglerun.pending import AuxRows, PendingStep
+from eaglerun.runner import Runner, RunnerOptions
 from eaglerun.sampling import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from eaglerun.scheduler import Scheduler, SchedulerLimits
 from eaglerun.sequence import Sequence

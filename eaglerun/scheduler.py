@@ -129,7 +129,7 @@ class Scheduler:
 
     def fail_all(self, message: str) -> list[Event]:
         """Every open request fails; nothing is in flight any more (the ranks are gone)."""
-        open_ids = {}
+        open_ids: dict[str, None] = {}
         for seq in list(self.sequences()):
             if seq.status is not Status.ENDED:
                 open_ids[seq.request.request_id] = None
