@@ -97,11 +97,16 @@ class Answer(Response):
         events = await self._submit()
         try:
             async for event in events:
-                chunk = self._bytes(event)
-                left -= type(event) is Finished
-                for more in events.take_ready():
-                    chunk += self._bytes(more)
-                    left -= type(more) is Finished
+                chunk = b""
+                try:
+                    for arrived in (event, *events.take_ready()):
+                        chunk += self._bytes(arrived)
+                        left -= type(arrived) is Finished
+                except ApiError:
+                    # What came before the failure was said.
+                    if chunk:
+                        await reply.send(chunk, last=False)
+                    raise
                 if not left:
                     watch.stop()
                     await reply.send(chunk + writer.end(), last=True)
@@ -198,24 +203,26 @@ class Merged:
     def __init__(self, several: Sequence[Events]) -> None:
         self._several = several
         self._arrived: asyncio.Queue[Event | CapacityError | EngineError] = asyncio.Queue()
+        self._error: CapacityError | EngineError | None = None
         self._tasks = [asyncio.create_task(self._pump(events)) for events in several]
 
     def __aiter__(self) -> "Merged":
         return self
 
     async def __anext__(self) -> Event:
-        event = await self._arrived.get()
-        if isinstance(event, Exception):
-            raise event
-        return event
+        arrived = self._error or await self._arrived.get()
+        if isinstance(arrived, Exception):
+            raise arrived
+        return arrived
 
     def take_ready(self) -> list[Event]:
         ready: list[Event] = []
-        while not self._arrived.empty():
-            event = self._arrived.get_nowait()
-            if isinstance(event, Exception):
-                raise event
-            ready.append(event)
+        while self._error is None and not self._arrived.empty():
+            arrived = self._arrived.get_nowait()
+            if isinstance(arrived, Exception):
+                self._error = arrived
+            else:
+                ready.append(arrived)
         return ready
 
     async def aclose(self) -> None:

@@ -97,6 +97,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise Exhausted("is too long")
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """str.format is not wrapped but refused, as all of _PADDING is."""
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr in _PADDING:
             return False

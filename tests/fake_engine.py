@@ -313,8 +313,12 @@ async def call(
     headers: Mapping[str, str] | None = None,
     gone: asyncio.Event | None = None,
     chunks: Sequence[bytes] | None = None,
+    reply: Reply | None = None,
 ) -> Reply:
-    """One request. ``gone``: the client goes away when it is set. ``chunks``: the raw body."""
+    """One request. ``gone``: the client goes away when it is set. ``chunks``: the raw body.
+
+    ``reply`` is filled as the answer comes, for what must be seen of one that raises.
+    """
     if chunks is None:
         chunks = [] if body is None else [json.dumps(body).encode()]
     given = {"content-type": "application/json"} | dict(headers or {})
@@ -333,7 +337,7 @@ async def call(
         "server": ("127.0.0.1", 80),
     }
     parts = list(chunks) or [b""]
-    reply = Reply(0, {}, [])
+    reply = Reply(0, {}, []) if reply is None else reply
     never = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
