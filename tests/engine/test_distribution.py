@@ -64,7 +64,7 @@ FILTERS: dict[str, Params] = {
     },
 }
 ENDING = ("min_tokens", "all")  # these may end by EOS, the others ignore it
-NUM_ANSWERS = 150 * SCALE  # of each filter in each mode
+NUM_ANSWERS = 120 * SCALE  # of each filter in each mode
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def sample(mode_name: str) -> Sample:
             "lag": mode.lag,
             "max_model_len": 16,
             "num_kv_blocks": 1000,
-            "max_num_seqs": 250,
+            "max_num_seqs": 200,
             "max_num_batched_tokens": 2048,
             "log_stats_every": 0,
         },
@@ -163,14 +163,18 @@ def sample(mode_name: str) -> Sample:
     engine = Engine(config, both if speculates else without_draft(both), mode)
     # Neighbouring seeds, and no seed twice in all of the modes.
     seed = list(MODES).index(mode_name) * len(FILTERS) * NUM_ANSWERS
-    answers: dict[str, list[int]] = {}
+    requests = []
     for i in range(NUM_ANSWERS):
         for name, wish in FILTERS.items():
             params = {"max_tokens": MAX_TOKENS, "ignore_eos": name not in ENDING, "seed": seed}
-            engine.submit(Request(f"{name}/{i}", PROMPT, SamplingParams(**params, **wish)))
-            answers[f"{name}/{i}"] = []
+            sampling = SamplingParams(**params, **wish)
+            requests.append(Request(f"{name}/{i}", PROMPT, sampling))
             seed += 1
-    while engine.has_work:
+    answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    requests.reverse()
+    while requests or engine.has_work:
+        while requests and engine.num_running + engine.num_waiting < 250:
+            engine.submit(requests.pop())
         for event in engine.step():
             assert isinstance(event, Tokens | Finished)
             if isinstance(event, Tokens):
