@@ -26,7 +26,7 @@ from eaglerun.server.logs import configure_logging
 from eaglerun.server.wire import Totals
 from eaglerun.speculative.stats import EngineStats
 
-log = logging.getLogger("eaglerun.server.engine_process")
+log = logging.getLogger(__name__)
 
 # Frames on their way before a step waits for the HTTP process; each holds a whole step.
 MAX_FRAMES = 64
@@ -220,6 +220,8 @@ class EngineLoop:
         return Totals(
             steps=stats.steps,
             step_s=self._step_s,
+            target_s=stats.target_ms / 1e3,
+            draft_s=stats.draft_ms / 1e3,
             prompt_tokens=stats.prompt_tokens,
             cached_tokens=stats.cached_tokens,
             emitted_tokens=stats.emitted_tokens,

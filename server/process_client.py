@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from asyncio.subprocess import Process
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ class ProcessClient:
         self._metrics = metrics
         self._report = report
         self._ready: wire.Ready | None = None
+        self._process: Process | None = None
         self._alive = False
         self._draining = False
         self._open: dict[str, RequestEvents] = {}
@@ -163,15 +165,16 @@ class ProcessClient:
         self._started: asyncio.Future[wire.Ready] = self._loop.create_future()
         self._link = EngineLink()
         try:
-            self._process = await asyncio.create_subprocess_exec(
+            process = await asyncio.create_subprocess_exec(
                 *self._command, stdin=asyncio.subprocess.PIPE
             )
-        except OSError:
+        except BaseException:
             self._link.close()
             raise
+        self._process = process
         self._alive = True
         # Held open until this process ends; the engine ends with it.
-        stdin = self._process.stdin
+        stdin = process.stdin
         assert stdin is not None
         stdin.write(
             wire.encode_start(
@@ -179,14 +182,14 @@ class ProcessClient:
             )
         )
         self._loop.add_reader(self._link.fileno, self._read)
-        self.ended = asyncio.create_task(self._watch())
+        self.ended = asyncio.create_task(self._watch(process))
         ready = self._ready = await self._started
         self._last_step_s = self._loop.time()
         return ready
 
-    async def _watch(self) -> int:
+    async def _watch(self, process: Process) -> int:
         """Wait for the process to end, fail what is open then, and return its exit code."""
-        code = await self._process.wait()
+        code = await process.wait()
         while self._take_reports():
             pass
         self._alive = False
@@ -205,6 +208,7 @@ class ProcessClient:
     @property
     def pid(self) -> int:
         """Of the engine's process."""
+        assert self._process is not None
         return self._process.pid
 
     async def drain(self, timeout_s: float) -> None:
@@ -219,6 +223,8 @@ class ProcessClient:
     async def close(self) -> None:
         """Fail what is open and end the process, by force if it does not end itself."""
         self._draining = True
+        if self._process is None:
+            return
         if self._alive and self._ready is not None:
             self._link.send(wire.Stop("the server was shut down"))
             try:

@@ -79,11 +79,14 @@ class Refused(Struct):
 class Totals(Struct, frozen=True):
     """Counts since the start (names as in EngineStats), and three gauges.
 
-    step_s  time in steps
+    step_s              time in steps
+    target_s, draft_s   of that, in the two models
     """
 
     steps: int = 0
     step_s: float = 0.0
+    target_s: float = 0.0
+    draft_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     emitted_tokens: int = 0
@@ -102,6 +105,8 @@ class Totals(Struct, frozen=True):
         return Totals(
             steps=self.steps - then.steps,
             step_s=self.step_s - then.step_s,
+            target_s=self.target_s - then.target_s,
+            draft_s=self.draft_s - then.draft_s,
             prompt_tokens=self.prompt_tokens - then.prompt_tokens,
             cached_tokens=self.cached_tokens - then.cached_tokens,
             emitted_tokens=self.emitted_tokens - then.emitted_tokens,

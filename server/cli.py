@@ -1,0 +1,117 @@
+"""The command eaglerun: serve, generate, check-config."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from eaglerun import __version__
+from eaglerun.config import Config
+from eaglerun.errors import CheckpointError, ConfigError, EaglerunError
+from eaglerun.messages import SamplingParams, SpeculationStats
+from eaglerun.server import serve
+from eaglerun.server.flags import Parser, add_settings, config_of, parse_flags
+
+REFUSED, FAILED = 2, 1
+
+
+def main(argv: Sequence[str] | None = None, engine: Sequence[str] = serve.ENGINE) -> int:
+    """Run a command line; the exit code. ``engine`` starts the engine's process of a server."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv, engine)
+    except (ConfigError, CheckpointError) as error:
+        print(f"eaglerun: {error}", file=sys.stderr)
+        return REFUSED
+    except EaglerunError as error:
+        print(f"eaglerun: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _run(argv: Sequence[str], engine: Sequence[str]) -> int:
+    flags = parse_flags(_parser(), argv)
+    config, preset = config_of(flags)
+    if preset is not None:
+        _say(f"settings that are not given come from {preset}.toml")
+    if config.model.model == "demo":
+        _say(f"{config.model.model} is the bundled pair of small models; name a MODEL for another")
+    match flags.command:
+        case "serve":
+            return serve.serve(config, engine)
+        case "generate":
+            return _generate(config, flags)
+        case _:
+            return _check_config(config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="eaglerun", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("serve", "an OpenAI server; with nothing else, of the bundled demo pair"),
+        ("generate", "answers to prompts, here and now"),
+        ("check-config", "the settings in effect and what the models would take; loads nothing"),
+    ):
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == "generate":
+            _add_sampling(command)
+        add_settings(command)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts and sampling")
+    group.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    group.add_argument("--max-tokens", type=int, default=256)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--stop", action="append", default=[], help="may be given several times")
+
+
+def _generate(config: Config, flags: argparse.Namespace) -> int:
+    """Prompts are flags, or else the lines of standard input; answers go to standard output."""
+    # torch takes seconds to import, and a server's HTTP process has no use for it.
+    from eaglerun.engine import Engine
+    from eaglerun.llm import LLM
+
+    prompts = flags.prompt or [line.rstrip("\n") for line in sys.stdin]
+    params = SamplingParams(
+        temperature=flags.temperature,
+        top_p=flags.top_p,
+        max_tokens=flags.max_tokens,
+        stop=tuple(flags.stop),
+    )
+    llm = LLM.from_engine(Engine.from_config(config, progress=sys.stderr.isatty()))
+    for output in llm.generate(prompts, params, progress=sys.stderr.isatty()):
+        print(output.text)
+        _say(f"{len(output.token_ids)} tokens{_with_drafts(output.speculation)}")
+    return 0
+
+
+def _with_drafts(stats: SpeculationStats) -> str:
+    if not stats.steps:
+        return ""
+    return (
+        f", acceptance length {stats.mean_acceptance_length:.2f}, "
+        f"{100 * stats.acceptance_rate:.1f}% of drafts accepted"
+    )
+
+
+def _check_config(config: Config) -> int:
+    # See _generate.
+    from eaglerun.budget import format_budget, kv_budget
+    from eaglerun.loader import choose_device, choose_dtype, read_checkpoints
+
+    print(config.to_toml())
+    found = read_checkpoints(config)
+    dtype = choose_dtype(config.model.dtype, found.target.dtype, choose_device(config.model.device))
+    name = str(dtype).removeprefix("torch.")
+    kv = kv_budget(found.target, found.draft, config.cache.block_size, name)
+    kv_bytes = int(config.cache.kv_cache_gib * 2**30)
+    if config.cache.num_kv_blocks is not None:
+        kv_bytes = config.cache.num_kv_blocks * kv.block_bytes
+    print(format_budget(found.target, found.draft, kv, name, kv_bytes))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"eaglerun: {text}", file=sys.stderr)

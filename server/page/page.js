@@ -1,0 +1,267 @@
+"use strict";
+
+const NUM_POINTS = 300;
+const POLL_MS = 1000;
+const by = (id) => document.getElementById(id);
+const style = getComputedStyle(document.documentElement);
+const color = (name) => style.getPropertyValue(name).trim();
+
+// The key stays in this tab.
+let key = sessionStorage.getItem("key") || "";
+let began = null;
+let last = -1;
+let numDraftTokens = null;
+const series = { time: [], length: [], speed: [], running: [], waiting: [] };
+
+async function ask(path, options = {}) {
+  const headers = { ...options.headers };
+  if (key) headers.authorization = `Bearer ${key}`;
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) {
+    by("key-form").hidden = false;
+    throw new Error("an API key is needed");
+  }
+  by("key-form").hidden = true;
+  return answer;
+}
+
+// Measurements
+
+function chart(id, lines, range) {
+  const axis = { stroke: color("--faint"), grid: { stroke: color("--line") }, ticks: { show: false } };
+  const clock = (_, ticks) => ticks.map((t) => (t === 0 ? "0" : `${Math.round(t)} s`));
+  const box = by(id);
+  const plot = new uPlot({
+    width: box.clientWidth,
+    height: box.clientHeight,
+    legend: { show: false },
+    cursor: { show: false },
+    scales: { x: { time: false }, y: { range } },
+    axes: [{ ...axis, values: clock, size: 28 }, { ...axis, size: 46 }],
+    series: [{}, ...lines.map(([label, name]) => ({
+      label, stroke: color(name), width: 2, points: { show: false },
+    }))],
+  }, [[], ...lines.map(() => [])], box);
+  new ResizeObserver(() => plot.setSize({ width: box.clientWidth, height: box.clientHeight }))
+    .observe(box);
+  return plot;
+}
+
+const fromZero = (_, low, high) => [0, Math.max(high * 1.1, 1)];
+const lengths = (_, low, high) => [1, Math.max(high, (numDraftTokens || 0) + 1)];
+const charts = [
+  [chart("length-chart", [["length", "--draft"]], lengths), ["length"]],
+  [chart("speed-chart", [["tokens/s", "--ink"]], fromZero), ["speed"]],
+  [chart("load-chart", [["running", "--draft"], ["waiting", "--own"]], fromZero),
+    ["running", "waiting"]],
+];
+
+function showPositions(speculation) {
+  const box = by("positions");
+  const rates = speculation.judged_at.map((n, i) => (n ? speculation.accepted_at[i] / n : 0));
+  if (box.querySelectorAll("meter").length !== rates.length) {
+    box.replaceChildren(...rates.flatMap((_, i) => {
+      const name = document.createElement("span");
+      name.textContent = `draft ${i + 1}`;
+      const meter = document.createElement("meter");
+      meter.setAttribute("aria-label", `share of drafts accepted at position ${i + 1}`);
+      return [name, meter, document.createElement("span")];
+    }));
+  }
+  rates.forEach((rate, i) => {
+    box.querySelectorAll("meter")[i].value = rate;
+    box.children[3 * i + 2].textContent = `${(100 * rate).toFixed(1)} %`;
+  });
+  if (!rates.length) box.textContent = "no draft was judged yet";
+}
+
+function showStatus(status, totals) {
+  const state = !status.alive ? "the engine is dead" : status.hung ? "the engine hangs"
+    : status.ready ? "ready" : "not ready";
+  by("state").textContent = state;
+  by("state").className = state === "ready" ? "" : "bad";
+  by("model").textContent = status.num_draft_tokens
+    ? `${status.model}, ${status.num_draft_tokens} drafts a step` : `${status.model}, no draft`;
+  const { steps, length, rate } = totals.speculation;
+  by("length").textContent = steps ? length.toFixed(2) : "–";
+  by("rate").textContent = steps ? `${(100 * rate).toFixed(1)} %` : "–";
+  by("running").textContent = status.num_running;
+  by("waiting").textContent = status.num_waiting;
+  by("kv").textContent = `${(100 * status.kv_usage).toFixed(1)} %`;
+  if (numDraftTokens !== status.num_draft_tokens) {
+    numDraftTokens = status.num_draft_tokens;
+    const counts = Array.from({ length: numDraftTokens + 1 }, (_, k) => k);
+    by("drafts").replaceChildren(...counts.map((k) => new Option(k, k, false, k === numDraftTokens)));
+  }
+}
+
+function addSamples(samples) {
+  for (const sample of samples) {
+    last = sample.number;
+    series.time.push(sample.time);
+    series.length.push(sample.steps ? sample.length : null);
+    series.speed.push(sample.output_rate);
+    series.running.push(sample.num_running);
+    series.waiting.push(sample.num_waiting);
+    by("speed").textContent = sample.output_rate.toFixed(sample.output_rate < 100 ? 1 : 0);
+  }
+  for (const name in series) series[name] = series[name].slice(-NUM_POINTS);
+  if (!samples.length) return;
+  for (const [plot, names] of charts) {
+    plot.setData([series.time, ...names.map((name) => series[name])]);
+  }
+}
+
+async function poll() {
+  try {
+    const answer = await ask(`/page/data?after=${last}`);
+    if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
+    const data = await answer.json();
+    if (began !== null && began !== data.began) {
+      // Another server, which counts from 0 again.
+      last = -1;
+      for (const name in series) series[name] = [];
+    } else {
+      addSamples(data.samples);
+    }
+    began = data.began;
+    showStatus(data.status, data.totals);
+    showPositions(data.totals.speculation);
+  } catch (error) {
+    by("state").textContent = error.message;
+    by("state").className = "bad";
+  }
+  setTimeout(poll, POLL_MS);
+}
+
+by("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key = by("key").value;
+  sessionStorage.setItem("key", key);
+});
+
+// Chat
+
+const MARKER = /^(<\/?mm:think>|\]~!?b\[|\]~b\]|\[e~\[|\]<\]minimax\[>\[)$/;
+let messages = [];
+let running = null;
+
+function add(kind, text = "") {
+  const box = document.createElement("div");
+  box.className = kind;
+  box.textContent = text;
+  by("messages").append(box);
+  box.scrollIntoView({ block: "end" });
+  return box;
+}
+
+// Server-sent events of a response, as parsed JSON, until [DONE].
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      if (part.startsWith("data: ") && part !== "data: [DONE]") yield JSON.parse(part.slice(6));
+    }
+  }
+}
+
+// Shows the tokens of an answer as they come.
+function tokenWriter(box) {
+  let thinking = false;
+  return (token) => {
+    const span = document.createElement("span");
+    span.textContent = token.text;
+    if (token.text === "</mm:think>") thinking = false;
+    if (MARKER.test(token.text)) span.classList.add("marker");
+    if (thinking) span.classList.add("thinking");
+    if (token.text === "<mm:think>") thinking = true;
+    if (token.drafted) span.classList.add("drafted");
+    box.append(span);
+  };
+}
+
+function summary(metrics, numTokens, seconds) {
+  const speed = `${numTokens} tokens in ${seconds.toFixed(2)} s, `
+    + `${(numTokens / seconds).toFixed(1)} tokens/s`;
+  if (!metrics.num_spec_steps) return `${speed}, without drafts`;
+  return `${speed}, acceptance length ${metrics.mean_acceptance_length.toFixed(2)}, `
+    + `${(100 * metrics.draft_acceptance_rate).toFixed(1)} % of drafts accepted`;
+}
+
+async function answer() {
+  const box = add("answer");
+  const write = tokenWriter(box);
+  const begin = performance.now();
+  let content = "";
+  let numTokens = 0;
+  let metrics = null;
+  const response = await ask("/v1/chat/completions", {
+    method: "POST",
+    signal: running.signal,
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({
+      messages,
+      stream: true,
+      max_tokens: Number(by("max-tokens").value),
+      speculation: { num_draft_tokens: Number(by("drafts").value), tokens: true, report: true },
+    }),
+  });
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  for await (const chunk of eventsOf(response)) {
+    if (chunk.error) throw new Error(chunk.error.message);
+    if (chunk.metrics) metrics = chunk.metrics.speculative_decoding;
+    for (const choice of chunk.choices) {
+      content += choice.delta.content || "";
+      for (const token of choice.tokens || []) {
+        write(token);
+        numTokens += 1;
+      }
+    }
+    by("messages").scrollTop = by("messages").scrollHeight;
+  }
+  messages.push({ role: "assistant", content });
+  if (metrics) add("note", summary(metrics, numTokens, (performance.now() - begin) / 1000));
+}
+
+by("chat").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (running) {
+    running.abort();
+    return;
+  }
+  const question = by("question").value.trim();
+  if (!question) return;
+  by("question").value = "";
+  add("user", question);
+  const before = messages;
+  messages = [...messages, { role: "user", content: question }];
+  running = new AbortController();
+  by("send").textContent = "Stop";
+  try {
+    await answer();
+  } catch (error) {
+    messages = before;
+    add("note bad", error.name === "AbortError" ? "stopped" : error.message);
+  }
+  running = null;
+  by("send").textContent = "Send";
+});
+
+by("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !running) {
+    event.preventDefault();
+    by("chat").requestSubmit();
+  }
+});
+
+by("clear").addEventListener("click", () => {
+  messages = [];
+  by("messages").replaceChildren();
+});
+
+poll();
