@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tiny_m3 import chat_format, tasks
 
 BLOCK = 16
-SHORT_LEN, LONG_LEN = 512, 2048
+ROW_LENS = (512, 2048)  # of short rows, of long rows
 SAMPLE_CHATS = 12_000  # chats from which the vocabulary is learnt
 
 
@@ -124,18 +124,29 @@ class Packer:
         return Rows(*(np.stack([r[i] for r in self.rows]) for i in range(3)))
 
 
-def make_shard(job: tuple[str, str, int, int, int]) -> tuple[Rows, Rows, int]:
-    """(tokenizer file, seed text, shard, short tokens, long tokens) -> short rows, long rows,
-    bytes of text."""
-    tokenizer_file, seed, shard, short_tokens, long_tokens = job
-    tokenizer = Tokenizer.from_file(tokenizer_file)
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one worker makes: at least so many tokens of each pool of tasks."""
+
+    tokenizer_file: str
+    seed: str
+    number: int
+    short_tokens: int
+    long_tokens: int
+    row_lens: tuple[int, int] = ROW_LENS
+
+
+def make_shard(shard: Shard) -> tuple[Rows, Rows, int]:
+    """Short rows, long rows, bytes of text. A chat longer than a long row is left out."""
+    tokenizer = Tokenizer.from_file(shard.tokenizer_file)
     turn, eos = (tokenizer.token_to_id(t) for t in (chat_format.TURN, chat_format.EOS))
     ai = np.array(tokenizer.encode("ai\n").ids, np.uint16)
     user = np.array(tokenizer.encode("user\n").ids, np.uint16)
     num_bytes = 0
-    packers = Packer(SHORT_LEN, eos), Packer(LONG_LEN, eos)
-    rng = random.Random(f"{seed}/{shard}")
-    for pool, goal in ((tasks.SHORT, short_tokens), (tasks.LONG, long_tokens)):
+    short_len, long_len = shard.row_lens
+    packers = Packer(short_len, eos), Packer(long_len, eos)
+    rng = random.Random(f"{shard.seed}/{shard.number}")
+    for pool, goal in ((tasks.SHORT, shard.short_tokens), (tasks.LONG, shard.long_tokens)):
         done = 0
         while done < goal:
             texts = [tasks.draw(pool, rng).text() for _ in range(64)]
@@ -143,9 +154,9 @@ def make_shard(job: tuple[str, str, int, int, int]) -> tuple[Rows, Rows, int]:
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 ids = np.array(encoding.ids, np.uint16)
                 done += len(ids)
-                if len(ids) > LONG_LEN:
+                if len(ids) > long_len:
                     continue
-                packer = packers[0] if len(ids) <= SHORT_LEN else packers[1]
+                packer = packers[0] if len(ids) <= short_len else packers[1]
                 packer.add(ids, answer_mask(ids, turn, eos, ai, user))
     return packers[0].pack(), packers[1].pack(), num_bytes
 
@@ -157,12 +168,14 @@ def make_rows(
     long_tokens: int,
     num_workers: int,
     num_shards: int,
+    row_lens: tuple[int, int],
 ) -> tuple[Rows, Rows, int]:
     """The corpus of a seed: the same rows whatever the number of workers."""
     jobs = [
-        (str(tokenizer_file), seed, i, short_tokens // num_shards, long_tokens // num_shards)
+        Shard(str(tokenizer_file), seed, i, short_tokens // num_shards, long_tokens // num_shards,
+              row_lens)
         for i in range(num_shards)
-    ]
+    ]  # fmt: skip
     if num_workers <= 1:
         shards = [make_shard(j) for j in jobs]
     else:

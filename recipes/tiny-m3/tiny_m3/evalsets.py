@@ -56,12 +56,24 @@ def _word_problem(name: str, problem: arithmetic.Problem) -> WordProblem:
     return WordProblem(name, problem.template, problem.question, problem.answer)
 
 
-def needles(num_contexts: int, questions_each: int, num_facts: int) -> list[Needle]:
+# The questions of one note, in needle_prompt's order. A name leads forward to what follows it;
+# "who" has to be answered backward, from the thing to a name before it.
+KINDS = ("what", "where", "who")
+FORWARD = ("what", "where")
+BACKWARD = ("who",)
+
+
+def needles(
+    num_contexts: int, questions_each: int, num_facts: int, kinds: tuple[str, ...] = FORWARD
+) -> list[Needle]:
     """Long prompts; the questions of one prompt fall in different parts of it."""
     out = []
     for i in range(num_contexts):
         rng = random.Random(f"{EVAL_SEED}/needles/{num_facts}/{i}")
-        text, questions = needle_prompt(rng, num_facts)
+        text, all_questions = needle_prompt(rng, num_facts)
+        questions = [
+            q for j, q in enumerate(all_questions) if KINDS[j % len(KINDS)] in kinds
+        ]
         per_part = len(questions) // questions_each
         chosen = [rng.choice(questions[j * per_part : (j + 1) * per_part])
                   for j in range(questions_each)]  # fmt: skip

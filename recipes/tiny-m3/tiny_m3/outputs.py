@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_m3 import chat_format, tasks
-from tiny_m3.corpus import LONG_LEN, SHORT_LEN, Packer, Rows
+from tiny_m3.corpus import Packer, Rows
 from tiny_m3.decoding import Sampling
 from tiny_m3.scoring import Speaker
 
@@ -67,13 +67,13 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def speak(
-    speaker: Speaker, prompts: list[str], max_new: int, seed: int
+    speaker: Speaker, prompts: list[str], max_new: int, seed: int, row_lens: tuple[int, int]
 ) -> tuple[Rows, Rows, dict[str, float]]:
     """Continuations packed into short and long rows: half greedy, half at temperature 1.
 
     Rows.answer marks the generated tokens.
     """
-    packers = Packer(SHORT_LEN, speaker.eos), Packer(LONG_LEN, speaker.eos)
+    packers = Packer(row_lens[0], speaker.eos), Packer(row_lens[1], speaker.eos)
     greedy, drawn = prompts[::2], prompts[1::2]
     sampled = Sampling(max_new, temperature=1.0, seed=seed)
     num_tokens = unfinished = 0
@@ -85,11 +85,11 @@ def speak(
         num_tokens += len(output)
         unfinished += output[-1] != speaker.eos
         ids = np.array(prompt + output, np.uint16)
-        if len(ids) > LONG_LEN:
+        if len(ids) > row_lens[1]:
             continue
         answer = np.zeros(len(ids), np.uint8)
         answer[len(prompt) :] = 1
-        packers[0 if len(ids) <= SHORT_LEN else 1].add(ids, answer)
+        packers[0 if len(ids) <= row_lens[0] else 1].add(ids, answer)
     stats = {"sequences": len(sequences), "tokens": num_tokens, "unfinished": unfinished}
     return packers[0].pack(), packers[1].pack(), stats
 
