@@ -16,26 +16,39 @@ def remember_last(function: Callable[P, R]) -> Callable[P, R]:
 
     The layers of a forward ask the same thing about the same rows, and on a CPU asking costs more
     than a layer's arithmetic. Tensors are told apart by identity: whoever changes one in place
-    between two calls is answered wrongly, and nobody does that to a forward's positions.
+    between two calls is answered wrongly, and nobody does that to a forward's positions; nor may
+    anyone write into an answer. Question and answer are one tuple, so that two threads that
+    interleave recompute and never mix.
     """
-    asked: tuple[object, ...] = ()
-    answer: list[R] = []
+    last: tuple[tuple[object, ...], R] | None = None
 
     @functools.wraps(function)
     def remembering(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal asked, answer
-        if kwargs or len(args) != len(asked) or any(map(_differ, asked, args)):
-            answer = [function(*args, **kwargs)]
-            asked = () if kwargs else args
-        return answer[0]
+        nonlocal last
+        held = last
+        if held is None or kwargs or not _same(held[0], args):
+            held = (args, function(*args, **kwargs))
+            if not kwargs:
+                last = held
+        return held[1]
 
     return remembering
 
 
-def _differ(a: object, b: object) -> bool:
-    return a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
+def _same(asked: tuple[object, ...], args: tuple[object, ...]) -> bool:
+    if len(asked) != len(args):
+        return False
+    for a, b in zip(asked, args, strict=True):
+        if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
+            return False
+    return True
 
 
 def wide(x: Tensor) -> Tensor:
     """``x`` in the dtype a reference accumulates in: float64 stays, the rest becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which costs as much as a small sum even where it does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)

@@ -1,11 +1,12 @@
 """Full attention over the paged cache: uniform rows (decode, verify) and ragged ones (prefill)."""
 
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import remember_last, wide
+from eaglerun.kernels.reference import cast, remember_last, wide
 
 
 def attention_dense(
@@ -37,13 +38,13 @@ def attention_dense(
             arXiv:2309.06180, section 4.3.
     """
     check_rows("attention_dense", q, k_cache, block_tables)
-    visible, slots = visible_keys(
-        positions, block_tables, seq_lens, max_seq_len, k_cache.shape[1], first_key
-    )
+    keys = visible_keys(positions, block_tables, seq_lens, max_seq_len, k_cache.shape[1], first_key)
+    hidden = keys.hidden
     if window is not None:
-        t = torch.arange(visible.shape[-1], device=q.device)
-        visible &= t > positions.view(len(seq_lens), -1, 1) - window
-    return attend(q, k_cache, v_cache, slots, visible[:, None], scale)
+        t = torch.arange(hidden.shape[-1], device=q.device)
+        hidden = hidden | (t <= positions.view(len(seq_lens), -1, 1) - window)
+    cells = group_cells(keys.slots, k_cache.shape[2])
+    return attend(q, k_cache, v_cache, cells, *penalty(hidden, q.dtype), scale)
 
 
 def attention_dense_ragged(
@@ -98,6 +99,18 @@ def check_rows(name: str, q: Tensor, k_cache: Tensor, block_tables: Tensor) -> N
         )
 
 
+class Keys(NamedTuple):
+    """Where the keys of B sequences lie, and which of them the Q rows of each may not see.
+
+    L is a whole number of blocks. hidden [B, Q, L]; slots [B, L] is the kv_slot of key t, and
+    for the t that hold no key of the sequence that of its first key. So what is gathered through
+    ``slots`` is finite wherever a row sees anything, and zero weights stay zeros (0 * NaN is NaN).
+    """
+
+    hidden: Tensor
+    slots: Tensor
+
+
 @remember_last
 def visible_keys(
     positions: Tensor,
@@ -106,56 +119,77 @@ def visible_keys(
     max_seq_len: int,
     block_size: int,
     first_key: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Which keys each row may see, and where they lie.
-
-    L = max_seq_len rounded up to whole blocks. Returns visible [B, Q, L] (first_key <= t <=
-    position, t < seq_len) and slots [B, L]: the kv_slot of key t, and for the t that hold no
-    key of the sequence the slot of its first key. So what is gathered through ``slots`` is
-    finite wherever a row sees anything, and zero weights stay zeros (0 * NaN is NaN).
-    """
+) -> Keys:
+    """A row sees the keys first_key <= t <= position, t < seq_len, of t < L: max_seq_len rounded
+    up to whole blocks."""
     num_blocks = -(-max_seq_len // block_size)
     t = torch.arange(num_blocks * block_size, device=positions.device)
     blocks = block_tables[:, :num_blocks].clamp(min=0).long()
     slots = (blocks[:, :, None] * block_size + t[:block_size]).flatten(1)
-    held = t < seq_lens[:, None]
+    empty = t >= seq_lens[:, None]
     if first_key:
-        held &= t >= first_key
+        empty |= t < first_key
     if num_blocks:
-        slots = torch.where(held, slots, slots[:, min(first_key, len(t) - 1), None])
-    visible = (t <= positions.view(len(seq_lens), -1, 1)) & held[:, None]
-    return visible, slots
+        slots = torch.where(empty, slots[:, min(first_key, len(t) - 1), None], slots)
+    return Keys((t > positions.view(len(seq_lens), -1, 1)) | empty[:, None], slots)
 
 
 @remember_last
-def _group_cells(slots: Tensor, groups: int) -> Tensor:
-    """Rows of a cache seen as [num_blocks * block_size * G, D]: [B * G * L], group by group."""
-    return (slots[:, None] * groups + torch.arange(groups, device=slots.device)[:, None]).flatten()
+def group_cells(slots: Tensor, groups: int) -> Tensor:
+    """Slots [B, L] as rows of a cache seen as [num_blocks * block_size * G, D]: [B, G, L]."""
+    return slots[:, None] * groups + torch.arange(groups, device=slots.device)[:, None]
+
+
+@remember_last
+def penalty(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What is added to scores: 0 for a key that is seen, minus infinity for one that is hidden.
+
+    hidden [B, Q, L]; returns it as [B, 1, Q, 1, L], and blind_rows of it.
+    """
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    bias = wide(bias).masked_fill_(hidden, -torch.inf)[:, None, :, None]
+    return bias, blind_rows(bias)
+
+
+def blind_rows(bias: Tensor) -> Tensor | None:
+    """Rows that see no key: [.., 1] bool for bias [.., L]; None where each row sees one."""
+    if not bias.numel():
+        return None
+    blind = bias.amax(-1, keepdim=True) < 0
+    return blind if bool(blind.any()) else None
 
 
 def attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, visible: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cells: Tensor,
+    bias: Tensor,
+    blind: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """Softmax attention of q [N, H, D] to the keys at slots [B, L], per visible [B, 1|G, Q, L]."""
-    batch, length = slots.shape
-    groups, dim = k_cache.shape[2:]
-    ratio = q.shape[1] // groups
-    rows = q.shape[0] // max(batch, 1)
+    """Softmax attention of q [N, H, D] to the keys in cells [B, G, L], of group_cells.
+
+    bias [B, 1 | G, Q, 1, L] is added to the scores; blind [.., 1], its blind_rows, are zero.
+    """
+    batch, groups, length = cells.shape
+    heads, dim = q.shape[1:]
+    rows, ratio = q.shape[0] // max(batch, 1), heads // groups
     if not q.numel() or not length:
         return torch.zeros_like(q)
     # Cells of one group are gathered side by side: k, v [B * G, L, D], ready for bmm.
-    cells = _group_cells(slots, groups)
-    k = wide(k_cache.view(-1, dim).index_select(0, cells)).view(-1, length, dim)
-    v = wide(v_cache.view(-1, dim).index_select(0, cells)).view(-1, length, dim)
-    grouped = wide(q).view(batch, rows, groups, ratio, dim).transpose(1, 2)
-    scores = torch.bmm(grouped.reshape(-1, rows * ratio, dim), k.transpose(1, 2)) * scale
-    scores = scores.view(batch, groups, rows, ratio, length)
-    # The smallest finite number: a row that sees nothing stays finite until it is zeroed below.
-    scores = scores.masked_fill(~visible[:, :, :, None], torch.finfo(scores.dtype).min)
+    flat = cells.flatten()
+    k = wide(k_cache.view(-1, dim).index_select(0, flat)).view(-1, length, dim)
+    v = wide(v_cache.view(-1, dim).index_select(0, flat)).view(-1, length, dim)
+    grouped = (wide(q) * scale).view(batch, rows, groups, ratio, dim).transpose(1, 2)
+    scores = torch.bmm(grouped.reshape(-1, rows * ratio, dim), k.transpose(1, 2))
+    scores = scores.view(batch, groups, rows, ratio, length).add_(bias)
+    # The softmax of a row without keys is NaN.
     out = torch.bmm(scores.softmax(-1).view(-1, rows * ratio, length), v)
     out = out.view(batch, groups, rows, ratio, dim)
-    out = out.masked_fill(~visible.any(-1)[..., None, None], 0.0)
-    return out.transpose(1, 2).reshape(q.shape).to(q.dtype)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+    return cast(out.transpose(1, 2).reshape(q.shape), q.dtype)
 
 
 def ragged_tiles(

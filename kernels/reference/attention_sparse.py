@@ -5,7 +5,10 @@ from torch import Tensor
 
 from eaglerun.kernels.reference.attention_dense import (
     attend,
+    blind_rows,
     check_rows,
+    group_cells,
+    penalty,
     ragged_tiles,
     visible_keys,
 )
@@ -36,15 +39,48 @@ def attention_sparse(
     """
     check_rows("attention_sparse", q, k_cache, block_tables)
     block_size, groups = k_cache.shape[1:3]
-    visible, slots = visible_keys(positions, block_tables, seq_lens, max_seq_len, block_size)
-    batch, rows, length = visible.shape
+    keys = visible_keys(positions, block_tables, seq_lens, max_seq_len, block_size)
+    batch, rows, length = keys.hidden.shape
     num_blocks = length // block_size
-    # Unused slots (-1) fall into the extra last column, which is cut off.
-    chosen = torch.zeros(*block_ids.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device)
-    chosen.scatter_(-1, block_ids.long() % (num_blocks + 1), True)
-    chosen = chosen[..., :num_blocks].view(batch, rows, groups, num_blocks, 1).transpose(1, 2)
-    visible = visible.view(batch, 1, rows, num_blocks, block_size) & chosen
-    return attend(q, k_cache, v_cache, slots, visible.flatten(-2), scale)
+    bias, _ = penalty(keys.hidden, q.dtype)
+    if block_ids.shape[2] * rows < num_blocks:
+        cells, bias = _selected(block_ids, keys.slots, bias, num_blocks)
+    else:
+        cells = group_cells(keys.slots, groups)
+        chosen = _chosen(block_ids, num_blocks, bias.dtype).view(batch, rows, groups, -1, 1)
+        bias = bias.view(batch, 1, rows, num_blocks, block_size) + chosen.transpose(1, 2)
+        bias = bias.view(batch, groups, rows, 1, length)
+    return attend(q, k_cache, v_cache, cells, bias, blind_rows(bias), scale)
+
+
+def _chosen(block_ids: Tensor, num_blocks: int, dtype: torch.dtype) -> Tensor:
+    """0 for a block that is chosen, minus infinity for the others: [N, G, num_blocks].
+
+    Where a sequence's keys are few, masking them costs less than gathering for each row.
+    """
+    shape = (*block_ids.shape[:2], num_blocks + 1)
+    penalties = torch.full(shape, -torch.inf, dtype=dtype, device=block_ids.device)
+    # Unused places (-1) fall into the extra last column, which is cut off.
+    return penalties.scatter_(-1, block_ids.long() % (num_blocks + 1), 0.0)[..., :num_blocks]
+
+
+def _selected(
+    block_ids: Tensor, slots: Tensor, bias: Tensor, num_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Cells [N, G, topk * block_size] and bias [N, G, 1, 1, ..] of the chosen blocks alone: each
+    row becomes a sequence of its own."""
+    count, groups = block_ids.shape[:2]
+    block_size = slots.shape[1] // num_blocks
+    unused = block_ids < 0
+    row = torch.arange(count, device=slots.device)[:, None, None]
+    ids = block_ids.clamp(min=0)
+    of_sequence = (row // (count // len(slots)) * num_blocks + ids).flatten()
+    of_row = (row * num_blocks + ids).flatten()
+    slots = slots.view(-1, block_size).index_select(0, of_sequence).view(count, groups, -1)
+    bias = bias.reshape(-1, block_size).index_select(0, of_row)
+    bias = bias.view(*block_ids.shape, block_size).masked_fill_(unused[..., None], -torch.inf)
+    cells = slots * groups + torch.arange(groups, device=slots.device)[:, None]
+    return cells, bias.view(count, groups, 1, 1, -1)
 
 
 def attention_sparse_ragged(

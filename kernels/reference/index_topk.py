@@ -3,8 +3,13 @@
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import wide
-from eaglerun.kernels.reference.attention_dense import check_rows, ragged_tiles, visible_keys
+from eaglerun.kernels.reference import remember_last, wide
+from eaglerun.kernels.reference.attention_dense import (
+    check_rows,
+    penalty,
+    ragged_tiles,
+    visible_keys,
+)
 
 # Finite, as in the kernels, and above or below every real score. Init wins over local.
 INIT_SCORE, LOCAL_SCORE, NO_SCORE = 1e30, 1e29, -1e30
@@ -32,14 +37,16 @@ def block_scores(
     """
     check_rows("block_scores", index_q, index_k_cache[:, :, None], block_tables)
     block_size, dim = index_k_cache.shape[1:]
-    visible, slots = visible_keys(positions, block_tables, seq_lens, max_seq_len, block_size)
-    batch, rows, length = visible.shape
+    keys = visible_keys(positions, block_tables, seq_lens, max_seq_len, block_size)
+    batch, rows, length = keys.hidden.shape
     groups = index_q.shape[1]
-    k = wide(index_k_cache.view(-1, dim).index_select(0, slots.flatten())).view(batch, length, dim)
+    k = wide(index_k_cache.view(-1, dim).index_select(0, keys.slots.flatten()))
+    k = k.view(batch, length, dim)
     scores = torch.bmm(wide(index_q).reshape(batch, rows * groups, dim), k.transpose(1, 2))
-    scores = scores.view(batch, rows, groups, length).masked_fill(~visible[:, :, None], NO_SCORE)
+    bias, _ = penalty(keys.hidden, index_q.dtype)
+    scores = scores.view(batch, rows, groups, length).add_(bias[:, 0])
     best = scores.view(batch * rows, groups, length // block_size, block_size).amax(-1)
-    return best.nan_to_num(nan=NO_SCORE)
+    return best.nan_to_num_(nan=NO_SCORE, neginf=NO_SCORE)
 
 
 def topk_blocks(
@@ -61,21 +68,41 @@ def topk_blocks(
     Dtypes  returns int32.
     Source  as block_scores, with the forced blocks of vLLM 0.33.0 (models/minimax_m3/common/ops).
     """
-    columns = torch.arange(scores.shape[2], device=scores.device)
-    num_causal = (positions // block_size + 1)[:, None, None]
-    causal = columns < num_causal
-    if init_blocks:
-        scores = scores.masked_fill(columns < init_blocks, INIT_SCORE)
-    if local_blocks:
-        scores = scores.masked_fill(columns >= num_causal - local_blocks, LOCAL_SCORE)
-    # Non-causal blocks lie below NaN and empty ones, so that neither pushes a causal block out.
-    scores = scores.masked_fill(~causal, 2 * NO_SCORE)
+    num_blocks = scores.shape[2]
+    num_causal, fixed, values = _fixed_scores(
+        positions, num_blocks, block_size, init_blocks, local_blocks, scores.dtype
+    )
     # A stable sort keeps the lower block first among equals; torch.topk promises no order.
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
-    past_the_end = scores.shape[2]
-    chosen = torch.where(order < num_causal, order, past_the_end).sort(dim=-1).values
-    chosen = torch.where(chosen < past_the_end, chosen, -1).int()
-    return torch.nn.functional.pad(chosen, (0, topk - chosen.shape[2]), value=-1)
+    order = torch.where(fixed, values, scores).sort(dim=-1, descending=True, stable=True).indices
+    order = order[..., :topk]
+    chosen = torch.where(order < num_causal, order, num_blocks).sort(dim=-1).values
+    chosen = chosen.masked_fill_(chosen == num_blocks, -1).int()
+    if topk > num_blocks:
+        return torch.nn.functional.pad(chosen, (0, topk - num_blocks), value=-1)
+    return chosen
+
+
+@remember_last
+def _fixed_scores(
+    positions: Tensor,
+    num_blocks: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a row's position decides: its causal blocks [N, 1, 1], which blocks have a score of
+    their own [N, 1, num_blocks], and that score."""
+    columns = torch.arange(num_blocks, device=positions.device)
+    num_causal = (positions // block_size + 1)[:, None, None]
+    init = (columns < init_blocks).expand(len(positions), 1, -1)
+    local = columns >= num_causal - local_blocks
+    beyond = columns >= num_causal
+    values = torch.full(local.shape, INIT_SCORE, dtype=dtype, device=positions.device)
+    values = values.masked_fill(local, LOCAL_SCORE)
+    # Below NaN and empty blocks, so that neither is pushed out.
+    values = values.masked_fill(beyond, 2 * NO_SCORE)
+    return num_causal, init | local | beyond, values
 
 
 def index_topk(

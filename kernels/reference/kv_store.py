@@ -7,7 +7,7 @@ keys), contiguous; kv_slot = block * block_size + offset; a slot of -1 writes no
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import remember_last, wide
+from eaglerun.kernels.reference import cast, remember_last, wide
 from eaglerun.kernels.reference.rmsnorm import gemma_rmsnorm
 from eaglerun.kernels.reference.rope import rope
 
@@ -68,10 +68,10 @@ def kv_index_store(
     Raises  as kv_store.
     """
     groups, index_dim = k_cache.shape[2], index_k_cache.shape[2]
-    main, index = qkv.tensor_split((qkv.shape[1] - (groups + 1) * index_dim,), dim=1)
-    rows, heads = _head_rows("kv_index_store", main, k_cache)
+    split = qkv.shape[1] - (groups + 1) * index_dim
+    rows, heads = _head_rows("kv_index_store", qkv[:, :split], k_cache)
     qk = _norm_rope(rows[:, : heads + groups], heads, q_norm, k_norm, positions, table, eps)
-    index = index.view(len(index), groups + 1, index_dim)
+    index = qkv[:, split:].view(len(qkv), groups + 1, index_dim)
     index = _norm_rope(index, groups, index_q_norm, index_k_norm, positions, table, eps)
     _write(
         kv_slots,
@@ -129,14 +129,15 @@ def _norm_rope(
     """Queries (the first ``heads``) and keys in one pass: they differ only in the weight."""
     dim = rows.shape[2]
     weight = torch.cat((q_norm.expand(heads, dim), k_norm.expand(rows.shape[1] - heads, dim)))
-    return rope(gemma_rmsnorm(wide(rows), weight, eps), positions, table).to(rows.dtype)
+    return cast(rope(gemma_rmsnorm(wide(rows), weight, eps), positions, table), rows.dtype)
 
 
 def _write(kv_slots: Tensor, *writes: tuple[Tensor, Tensor]) -> None:
     """cache[slot of row n] = rows[n] for every (cache, rows), where the row has a slot."""
     slots, used = _used(kv_slots)
     for cache, rows in writes:
-        cache.flatten(0, 1).index_copy_(0, slots, rows if used is None else rows[used])
+        rows = rows if used is None else rows.index_select(0, used)
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
 
 
 @remember_last

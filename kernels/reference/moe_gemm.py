@@ -1,10 +1,12 @@
 """The routed experts."""
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference import cast, wide
 from eaglerun.kernels.reference.swiglu_oai import swiglu_oai
 
 
@@ -33,19 +35,18 @@ def moe_gemm(
     """
     if ids.shape != weights.shape:
         raise ValueError(f"moe_gemm: ids {tuple(ids.shape)}, weights {tuple(weights.shape)}")
-    num_experts, topk = w13.shape[0], ids.shape[1]
     # Pairs (row, j) in the order of their expert, those of padding (id -1) in front and dropped.
-    flat = ids.flatten().long()
-    counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
-    pairs = flat.argsort(stable=True)[counts[0] :]
-    rows = pairs // topk
-    hit = [(expert, count) for expert, count in enumerate(counts[1:]) if count]
-    gate_up = _per_expert(wide(x)[rows], w13, hit)
-    activated = wide(swiglu_oai(gate_up, alpha, limit, beta).to(x.dtype))
+    experts, pairs = ids.flatten().sort(stable=True)
+    hit = [(expert, len(list(same))) for expert, same in groupby(experts.tolist())]
+    if hit and hit[0][0] < 0:
+        pairs = pairs[hit.pop(0)[1] :]
+    rows = pairs // ids.shape[1]
+    gate_up = _per_expert(wide(x).index_select(0, rows), w13, hit)
+    activated = wide(cast(swiglu_oai(gate_up, alpha, limit, beta), x.dtype))
     outputs = _per_expert(activated, w2, hit)
-    outputs = outputs * weights.flatten()[pairs, None]
+    outputs = outputs * weights.flatten().index_select(0, pairs)[:, None]
     total = torch.zeros_like(wide(x)) if shared is None else wide(shared).clone()
-    return total.index_add_(0, rows, outputs).to(x.dtype)
+    return cast(total.index_add_(0, rows, outputs), x.dtype)
 
 
 def _per_expert(x: Tensor, w: Tensor, hit: list[tuple[int, int]]) -> Tensor:

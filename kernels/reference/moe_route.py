@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eaglerun.kernels.reference import cast, remember_last
+
 
 def moe_route(
     x: Tensor,
@@ -32,22 +34,28 @@ def moe_route(
     """
     if topk > gate.shape[0]:
         raise ValueError(f"moe_route: top {topk} of {gate.shape[0]} experts")
-    scores = F.linear(x.to(gate.dtype), gate).sigmoid()
+    scores = F.linear(cast(x, gate.dtype), gate).sigmoid()
     choice = scores if bias is None else scores + bias
     # A stable sort keeps the lower id first among equals; torch.topk promises no order.
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
     weights = scores.gather(1, ids)
     weights = weights * (scale / weights.sum(-1, keepdim=True))
-    padding = (positions < 0)[:, None]
-    ids = ids.masked_fill(padding, -1)
+    padding, used = _padding(positions)
     if num_experts is not None:
-        hit = torch.zeros(gate.shape[0] + 1, dtype=torch.int64, device=x.device)
-        hit[ids.flatten()] = 1  # -1 marks the last, which is not counted
-        num_experts += hit[:-1].sum()
-    weights = weights.masked_fill(padding, 0.0)
+        visited = ids if used is None else ids.index_select(0, used)
+        num_experts += visited.flatten().bincount().count_nonzero()
     if num_shared:
-        always = torch.arange(num_shared, device=ids.device).expand(len(ids), -1)
-        always = torch.where(padding, -1, gate.shape[0] + always)
-        ids = torch.cat((ids, always), dim=1)
-        weights = torch.cat((weights, (always >= 0).to(weights.dtype)), dim=1)
+        always = torch.arange(num_shared, device=ids.device) + gate.shape[0]
+        ids = torch.cat((ids, always.expand(len(ids), -1)), dim=1)
+        weights = torch.cat((weights, weights.new_ones(len(ids), num_shared)), dim=1)
+    if used is not None:
+        ids, weights = ids.masked_fill(padding, -1), weights.masked_fill(padding, 0.0)
     return ids.int(), weights
+
+
+@remember_last
+def _padding(positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Which rows are padding [N, 1], and the numbers of the others; None where none is."""
+    padding = positions < 0
+    used = (~padding).nonzero()[:, 0]
+    return padding[:, None], None if len(used) == len(positions) else used

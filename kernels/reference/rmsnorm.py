@@ -1,9 +1,9 @@
 """RMS normalisation in the draft's form (plain weight) and the target's (weight + 1)."""
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference import cast, wide
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -18,7 +18,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Source  Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
     _check("rmsnorm", x, weight)
-    return (_unit_rms(wide(x), eps) * wide(weight)).to(x.dtype)
+    return cast(_unit_rms(x, eps) * wide(weight), x.dtype)
 
 
 def gemma_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,7 +30,8 @@ def gemma_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Source  MiniMaxM3VLRMSNorm (transformers 5.23, models/minimax_m3_vl).
     """
     _check("gemma_rmsnorm", x, weight)
-    return (_unit_rms(wide(x), eps) * (1.0 + wide(weight))).to(x.dtype)
+    unit = _unit_rms(x, eps)
+    return cast(torch.addcmul(unit, unit, wide(weight)), x.dtype)
 
 
 def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,8 @@ def add_gemma_rmsnorm(
 
 
 def _unit_rms(x: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], None, eps)
+    x = wide(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def _completed(name: str, x: Tensor, residual: Tensor) -> Tensor:

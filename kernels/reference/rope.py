@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import remember_last, wide
+from eaglerun.kernels.reference import cast, remember_last, wide
 
 
 def rope_table(
@@ -44,17 +44,23 @@ def rope(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     rotary_dim = table.shape[1]
     if rotary_dim > x.shape[-1]:
         raise ValueError(f"rope: x {tuple(x.shape)}, rotary_dim {rotary_dim}")
-    half = rotary_dim // 2
-    cos, sin = _rotation(positions, table)
+    partner, cos, sin = _rotation(positions, table, x.shape[-1])
     full = wide(x)
-    first, second = full[..., :half], full[..., half:rotary_dim]
-    turned = (first * cos - second * sin, second * cos + first * sin, full[..., rotary_dim:])
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    turned = torch.addcmul(full * cos, full.index_select(-1, partner), sin)
+    return cast(turned, x.dtype)
 
 
 @remember_last
-def _rotation(positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of each row, [N, 1, rotary_dim / 2]."""
-    rows = table[positions.clamp(0, table.shape[0] - 1), None]
-    half = rows.shape[-1] // 2
-    return rows[..., :half], rows[..., half:]
+def _rotation(positions: Tensor, table: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What turns a head: y = x * cos + x[partner] * sin.
+
+    Returns partner [dim] (j + r for j < r, j - r after it, then itself) and, for each row,
+    cos = [c | c | 1 ..] and sin = [-s | s | 0 ..], both [N, 1, dim].
+    """
+    c, s = table[positions.clamp(0, table.shape[0] - 1), None].chunk(2, dim=-1)
+    half = c.shape[-1]
+    rest = (*c.shape[:-1], dim - 2 * half)
+    partner = torch.arange(dim, device=table.device)
+    partner[: 2 * half] = partner[: 2 * half].roll(half)
+    cos = torch.cat((c, c, c.new_ones(rest)), dim=-1)
+    return partner, cos, torch.cat((-s, s, s.new_zeros(rest)), dim=-1)

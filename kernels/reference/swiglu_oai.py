@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import wide
+from eaglerun.kernels.reference import cast, wide
 
 
 def swiglu_oai(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tensor:
@@ -20,7 +20,7 @@ def swiglu_oai(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tens
     gate, up = _halves("swiglu_oai", gate_up)
     gate = gate.clamp(max=limit)
     up = up.clamp(-limit, limit)
-    return ((up + beta) * gate * torch.sigmoid(alpha * gate)).to(gate_up.dtype)
+    return cast((up + beta) * gate * torch.sigmoid(alpha * gate), gate_up.dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Source  Shazeer 2020, arXiv:2002.05202, eq. 5, with beta = 1.
     """
     gate, up = _halves("swiglu", gate_up)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+    return cast(gate * torch.sigmoid(gate) * up, gate_up.dtype)
 
 
 def _halves(name: str, gate_up: Tensor) -> tuple[Tensor, Tensor]:
