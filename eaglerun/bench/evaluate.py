@@ -26,8 +26,14 @@ from eaglerun.server.chat import load_chat
 from eaglerun.server.protocol import Message
 from eaglerun.server.settings import Limits
 
-TASKS = ("seeds", "templates", "needles")
-FILES = {task: DEMO / "eval" / f"{task}.jsonl" for task in TASKS}
+# Word problems of trained templates with new numbers, of templates never trained on, and
+# questions about a note far back in a long prompt.
+FILES = {
+    "seeds": DEMO / "eval" / "word_problems_seeds.jsonl",
+    "templates": DEMO / "eval" / "word_problems_templates.jsonl",
+    "needles": DEMO / "eval" / "needles.jsonl",
+}
+TASKS = tuple(FILES)
 END_OF_REASONING = "</mm:think>"
 
 _STRICT = re.compile(r"#### *(-?[0-9.,]*[0-9])")
