@@ -5,12 +5,14 @@
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tiny_m3 import evalsets
+from tiny_m3.evalsets import Needle, WordProblem
 
 # 124 notes make a prompt of about 1,500 tokens.
-SETS = {
+SETS: dict[str, Callable[[], Sequence[WordProblem | Needle]]] = {
     "word_problems_seeds.jsonl": lambda: evalsets.held_out_seeds(500),
     "word_problems_templates.jsonl": lambda: evalsets.held_out_templates(240),
     "needles.jsonl": lambda: evalsets.needles(25, 4, 124),

@@ -58,6 +58,14 @@ def added_id(token: str, vocab_size: int) -> int:
     return vocab_size - len(ADDED) + ADDED.index(token)
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that must exist."""
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return number
+
+
 def build_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """Byte-level BPE over `texts`; every digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())

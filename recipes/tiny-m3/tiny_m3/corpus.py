@@ -59,7 +59,7 @@ def answer_mask(
     ai and user are the token ids of the role lines that follow `turn`.
     """
     mask = np.zeros(len(ids), np.uint8)
-    turns = np.flatnonzero(ids == turn)
+    turns = np.flatnonzero(ids == turn).tolist()
 
     def is_role(at: int, role: np.ndarray) -> bool:
         return np.array_equal(ids[at + 1 : at + 1 + len(role)], role)
@@ -139,7 +139,7 @@ class Shard:
 def make_shard(shard: Shard) -> tuple[Rows, Rows, int]:
     """Short rows, long rows, bytes of text. A chat longer than a long row is left out."""
     tokenizer = Tokenizer.from_file(shard.tokenizer_file)
-    turn, eos = (tokenizer.token_to_id(t) for t in (chat_format.TURN, chat_format.EOS))
+    turn, eos = (chat_format.id_of(tokenizer, t) for t in (chat_format.TURN, chat_format.EOS))
     ai = np.array(tokenizer.encode("ai\n").ids, np.uint16)
     user = np.array(tokenizer.encode("user\n").ids, np.uint16)
     num_bytes = 0

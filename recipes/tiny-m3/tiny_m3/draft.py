@@ -142,8 +142,9 @@ class Eagle3Draft(nn.Module):
         for p in self.parameters():
             if p.ndim == 2:
                 p.copy_(torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5)
-        for p in (self.layers[0].self_attn.o_proj.weight, self.layers[0].mlp.down_proj.weight):
-            p.mul_(0.5)
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.mul_(0.5)
         self.embed_tokens.weight.copy_(embed)
         self.lm_head.weight.copy_(head)
 
@@ -175,7 +176,7 @@ class Eagle3Draft(nn.Module):
         same = start[:, :, None] == start[:, None, :]
         hidden = self.combine(aux)
         earlier: list[tuple[Tensor, Tensor]] = []
-        states = []
+        states: list[Tensor] = []
         for s in range(num_passes):
             if s:
                 hidden = F.pad(states[-1], (0, 0, 1, 0))[:, :-1]

@@ -68,7 +68,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def speak(
     speaker: Speaker, prompts: list[str], max_new: int, seed: int, row_lens: tuple[int, int]
-) -> tuple[Rows, Rows, dict[str, float]]:
+) -> tuple[Rows, Rows, dict[str, int]]:
     """Continuations packed into short and long rows: half greedy, half at temperature 1.
 
     Rows.answer marks the generated tokens.

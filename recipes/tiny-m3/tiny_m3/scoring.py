@@ -39,7 +39,7 @@ class Speaker:
 
     def __init__(self, model: TinyM3, tokenizer: Tokenizer, batch: int) -> None:
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
-        self.eos = tokenizer.token_to_id(chat_format.EOS)
+        self.eos = chat_format.id_of(tokenizer, chat_format.EOS)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt."""

@@ -14,7 +14,7 @@ CITIES = (
 )
 JOBS = NOUNS["worker"] + ("doctor", "pilot", "nurse", "cook", "writer", "judge", "singer", "driver")
 
-CALCULATOR = {
+CALCULATOR: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "calculator",
@@ -26,7 +26,7 @@ CALCULATOR = {
         },
     },
 }
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -72,8 +72,8 @@ def _record(rng: random.Random) -> tuple[dict[str, Any], list[str]]:
         full = [
             ("title", title, f"Come to the {title}."),
             ("day", d := rng.choice(NOUNS["day"]), f"It is on {d}."),
-            ("hour", h := rng.randint(8, 22), f"It starts at {h} o'clock."),
-            ("place", p := rng.choice(NOUNS["site"]), f"We meet at the {p}."),
+            ("hour", start := rng.randint(8, 22), f"It starts at {start} o'clock."),
+            ("place", site := rng.choice(NOUNS["site"]), f"We meet at the {site}."),
             ("guests", g := rng.randint(2, 200), f"We expect {g} guests."),
             ("free", f := rng.random() < 0.5, f"It is {'' if f else 'not '}free."),
         ]
@@ -135,11 +135,11 @@ def _calculation(rng: random.Random) -> tuple[str, str, int]:
 def tool_chat(rng: random.Random) -> dict[str, Any]:
     """A request with tools listed: one call, its result, an answer (or no call when none fits)."""
     tools = rng.choice(([CALCULATOR], [WEATHER], [CALCULATOR, WEATHER], [WEATHER, CALCULATOR]))
-    names = {t["function"]["name"] for t in tools}  # type: ignore[index]
+    names = {t["function"]["name"] for t in tools}
     kind = rng.choice(sorted(names))
     if rng.random() < 0.06:
         name = rng.choice(PEOPLE)[0]
-        messages = [
+        greeting: list[dict[str, Any]] = [
             {"role": "user", "content": rng.choice(("Hello!", "Hi there.")) + f" I am {name}."},
             {
                 "role": "assistant",
@@ -147,7 +147,7 @@ def tool_chat(rng: random.Random) -> dict[str, Any]:
                 "content": f"Hello {name}! How can I help you?",
             },
         ]
-        return {"messages": messages, "tools": tools, "thinks_when_adaptive": True}
+        return {"messages": greeting, "tools": tools, "thinks_when_adaptive": True}
     if kind == "calculator":
         ask, expression, result = _calculation(rng)
         arguments: dict[str, Any] = {"expression": expression}
@@ -170,7 +170,7 @@ def tool_chat(rng: random.Random) -> dict[str, Any]:
         after = f"It is {sky} with {degrees} degrees."
         answer = f"In {city} it is {sky} with {degrees} degrees."
     call = {"type": "function", "function": {"name": kind, "arguments": arguments}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": ask},
         {
             "role": "assistant",

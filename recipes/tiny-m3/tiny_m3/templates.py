@@ -9,7 +9,8 @@ from tiny_m3.arithmetic import Template
 def load_templates(path: Path) -> tuple[tuple[Template, ...], tuple[Template, ...]]:
     """(trained, held out). The wording of a held-out template is never trained on; the kinds of
     step that it needs all occur in others."""
-    trained, held_out = [], []
+    trained: list[Template] = []
+    held_out: list[Template] = []
     for entry in tomllib.loads(path.read_text())["template"]:
         template = Template(
             entry["name"],
