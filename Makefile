@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 # CPU wheel of its own. With a GPU, TORCH=torch keeps the default build.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
-PYTEST := OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+# One thread each: two test processes share two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: serve test test-long test-gpu lint types clean
 
@@ -17,11 +18,11 @@ serve: $(VENV)/.ready
 	$(BIN)/eaglerun serve
 
 test: $(VENV)/.ready-test
-	$(PYTEST) -q -m "not gpu and not multigpu and not long"
+	$(PYTEST) -q -n 2 --dist worksteal -m "not gpu and not multigpu and not long"
 
 # The same tests with ten times the cases, and the slow shapes.
 test-long: $(VENV)/.ready-test
-	EAGLERUN_TEST_CASES=10 $(PYTEST) -q -m "not gpu and not multigpu"
+	EAGLERUN_TEST_CASES=10 $(PYTEST) -q -n 2 --dist worksteal -m "not gpu and not multigpu"
 
 test-gpu: $(VENV)/.ready-test
 	$(PYTEST) -q -m "gpu or multigpu"

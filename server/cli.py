@@ -1,4 +1,4 @@
-"""The command eaglerun: serve, generate, check-config."""
+"""The command eaglerun: serve, generate, eval, bench, check-config."""
 
 import argparse
 import sys
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None, engine: Sequence[str] = serve.ENGINE
 
 
 def _run(argv: Sequence[str], engine: Sequence[str]) -> int:
-    flags = parse_flags(_parser(), argv)
+    flags = parse_flags(_parser(argv), argv)
     config, preset = config_of(flags)
     if preset is not None:
         _say(f"settings that are not given come from {preset}.toml")
@@ -38,22 +38,28 @@ def _run(argv: Sequence[str], engine: Sequence[str]) -> int:
             return serve.serve(config, engine)
         case "generate":
             return _generate(config, flags)
+        case "eval" | "bench":
+            return _measure(config, flags)
         case _:
             return _check_config(config)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = Parser(prog="eaglerun", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("serve", "an OpenAI server; with nothing else, of the bundled demo pair"),
         ("generate", "answers to prompts, here and now"),
+        ("eval", "accuracy on the demo's held-out problems, with and without the draft"),
+        ("bench", "step time and throughput, with and without the draft"),
         ("check-config", "the settings in effect and what the models would take; loads nothing"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "generate":
             _add_sampling(command)
+        if name in ("eval", "bench") and name in argv[:1]:
+            _add_measuring(command, name)
         add_settings(command)
     return parser
 
@@ -65,6 +71,21 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     group.add_argument("--top-p", type=float, default=1.0)
     group.add_argument("--stop", action="append", default=[], help="may be given several times")
+
+
+def _add_measuring(parser: argparse.ArgumentParser, name: str) -> None:
+    # See _generate; only the command that is asked for pays.
+    from eaglerun.bench import commands
+
+    (commands.add_eval_flags if name == "eval" else commands.add_bench_flags)(parser)
+
+
+def _measure(config: Config, flags: argparse.Namespace) -> int:
+    # See _generate.
+    from eaglerun.bench import commands
+
+    run = commands.run_eval if flags.command == "eval" else commands.run_latency
+    return run(config, flags)
 
 
 def _generate(config: Config, flags: argparse.Namespace) -> int:

@@ -136,6 +136,19 @@ def score(mode: str, problems: Sequence[Problem], answers: Sequence[Answer]) -> 
     )
 
 
+def render(models: Models, problem: Problem, mode: str) -> tuple[int, ...]:
+    """The problem as a chat, in the checkpoint's own template and thinking mode."""
+    if models.path is None:
+        raise ConfigError("chats need a checkpoint with a tokenizer and a chat template")
+    chat = load_chat(models.path, Limits())
+    messages = [Message(role="user", content=problem.content)]
+    try:
+        prompt = asyncio.run(chat.prompt(messages, None, template_kwargs={"thinking_mode": mode}))
+    finally:
+        chat.close()
+    return prompt.token_ids
+
+
 def in_process(
     config: Config, models: Models, num_draft_tokens: int, mode: str, max_tokens: int
 ) -> Answerer:
@@ -144,9 +157,6 @@ def in_process(
         raise ConfigError(
             "synthetic acceptance and scripted tokens make text meaningless: not usable with eval"
         )
-    if models.path is None:
-        raise ConfigError("eval needs a checkpoint with a tokenizer and a chat template")
-    chat = load_chat(models.path, Limits())
     llm = LLM.from_engine(Engine(config, models))
     params = SamplingParams(
         temperature=0.0,
@@ -155,13 +165,8 @@ def in_process(
         num_draft_tokens=num_draft_tokens,
     )
 
-    async def render(problem: Problem) -> tuple[int, ...]:
-        messages = [Message(role="user", content=problem.content)]
-        prompt = await chat.prompt(messages, None, template_kwargs={"thinking_mode": mode})
-        return prompt.token_ids
-
     def answer(problems: Sequence[Problem]) -> list[Answer]:
-        prompts = [asyncio.run(render(p)) for p in problems]
+        prompts = [render(models, p, mode) for p in problems]
         outputs = llm.generate(prompts, params)
         return [Answer(o.text, o.token_ids, o.speculation) for o in outputs]
 
