@@ -201,6 +201,7 @@ class _HttpProcess:
     async def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
+        log.info("Listening on %s; the model is loading", self.url)
         http = asyncio.create_task(self._http.serve([self._listener]))
         start = asyncio.create_task(self._client.start())
         try:

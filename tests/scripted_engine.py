@@ -46,7 +46,7 @@ class Answer:
 class ScriptedEngine:
     """Every step gives each running answer one token and ``num_accepted`` drafts before it.
 
-    ``raise_at`` and ``hang_at`` are steps at which it breaks.
+    A step takes at least ``pause_ms``. ``raise_at`` and ``hang_at`` are steps at which it breaks.
     """
 
     model_name = "scripted"
@@ -59,8 +59,10 @@ class ScriptedEngine:
         num_accepted: int = 1,
         raise_at: int = FOREVER,
         hang_at: int = FOREVER,
+        pause_ms: int = 0,
     ) -> None:
         self.max_model_len = max_model_len
+        self._pause_s = pause_ms / 1e3
         self.stats = EngineStats()
         self._places = max_num_seqs
         self._num_accepted = num_accepted
@@ -101,6 +103,8 @@ class ScriptedEngine:
         while self.stats.steps == self._hang_at:
             time.sleep(1.0)
         self.stats.steps += 1
+        if self._pause_s:
+            time.sleep(self._pause_s)
         while self._waiting and len(self._running) < self._places:
             answer = self._waiting.popleft()
             self.stats.prompt_tokens += len(answer.request.prompt_ids)
@@ -161,6 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--refuse", help="do not start, and say this")
+    parser.add_argument("--load-from", type=Path, help="start when this pipe has been read")
     parser.add_argument("--die", action="store_true", help="do not start, and say nothing")
     for name, default in (
         ("max-num-seqs", 256),
@@ -168,12 +173,16 @@ def main() -> int:
         ("num-accepted", 1),
         ("raise-at", FOREVER),
         ("hang-at", FOREVER),
+        ("pause-ms", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = vars(parser.parse_args())
-    checkpoint, refuse, die = (flags.pop(name) for name in ("checkpoint", "refuse", "die"))
+    names = ("checkpoint", "refuse", "die", "load_from")
+    checkpoint, refuse, die, load_from = (flags.pop(name) for name in names)
 
     def make_engine(config: object, progress: object) -> Served:
+        if load_from is not None:
+            load_from.read_bytes()
         if die:
             sys.exit(9)
         if refuse is not None:
