@@ -26,19 +26,20 @@ from eaglerun.kernels.language import (
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import attention_dense as reference
 
-# Parts that a row's keys are split into at most.
-MAX_SPLITS = 32
 LOG2_E = math.log2(math.e)
 
 
 @jit
-def attend_tile(acc, top, total, q, k, v, visible, scale, DOT: tl.constexpr):
+def attend_tile(
+    acc, top, total, q, k, v, visible, scale, MASKED: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
     """One tile of keys into the running softmax (base 2) of a tile of rows.
 
-    A tile that a row does not see changes none of the row's bits.
+    A tile that a row does not see changes none of the row's bits. Not MASKED: all is visible.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    scores = tl.where(visible, scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
     new = tl.maximum(top, tl.max(scores, axis=1))
     # Rows that have seen nothing yet: -inf - -inf would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new)
@@ -65,6 +66,44 @@ def finish(
         tl.store(part_ptr + part[:, None] * D + d[None, :], out, mask=mask)
         lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
         tl.store(lse_ptr + part, lse, mask=live)
+
+
+@jit
+def _walk(
+    acc, top, total, q, k_ptr, v_ptr, table_ptr, position, keys, group, split,
+    first, last, scale, first_key, window,
+    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Tiles first .. last of this split's keys. Not MASKED: every row sees all of their keys."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    PER_CHUNK: tl.constexpr = CHUNK // BLOCK_N
+    for i in range(first, last):
+        if SPLITS == 1:
+            start = i * BLOCK_N
+        else:
+            start = (split + i // PER_CHUNK * SPLITS) * CHUNK + i % PER_CHUNK * BLOCK_N
+        t = start + n
+        held = (t < keys) & (t >= first_key)
+        if PAGE % BLOCK_N == 0:
+            block = tl.load(table_ptr + start // PAGE, mask=start < keys, other=0)
+            slot = block.to(tl.int64) * PAGE + start % PAGE + n
+        else:
+            block = tl.load(table_ptr + t // PAGE, mask=held, other=0)
+            slot = block.to(tl.int64) * PAGE + t % PAGE
+        at = (slot * G + group)[:, None] * D + d[None, :]
+        there = (d < D)[None, :]
+        if MASKED:
+            there = there & held[:, None]
+        k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
+        v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
+        visible = held[None, :] & (t[None, :] <= position[:, None])
+        if WINDOWED:
+            visible &= t[None, :] > position[:, None] - window
+        acc, top, total = attend_tile(acc, top, total, q, k, v, visible, scale, MASKED, DOT)
+    return acc, top, total
 
 
 @jit
@@ -129,34 +168,28 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    PER_CHUNK: tl.constexpr = CHUNK // BLOCK_N
     if SPLITS == 1:
         tiles = (keys + BLOCK_N - 1) // BLOCK_N
     else:
         chunks = (keys + CHUNK - 1) // CHUNK
-        tiles = (chunks - split + SPLITS - 1) // SPLITS * PER_CHUNK
-    n = tl.arange(0, BLOCK_N)
-    for i in range(0, tiles.to(tl.int32)):
-        if SPLITS == 1:
-            start = i * BLOCK_N
-        else:
-            start = (split + i // PER_CHUNK * SPLITS) * CHUNK + i % PER_CHUNK * BLOCK_N
-        t = start + n
-        held = (t < keys) & (t >= first_key)
+        tiles = (chunks - split + SPLITS - 1) // SPLITS * (CHUNK // BLOCK_N)
+    table_ptr = tables_ptr + b * table_row
+    open_tiles = 0
+    if RAGGED and not WINDOWED:
         if PAGE % BLOCK_N == 0:
-            block = tl.load(tables_ptr + b * table_row + start // PAGE, mask=start < keys, other=0)
-            slot = block.to(tl.int64) * PAGE + start % PAGE + n
-        else:
-            block = tl.load(tables_ptr + b * table_row + t // PAGE, mask=held, other=0)
-            slot = block.to(tl.int64) * PAGE + t % PAGE
-        at = (slot * G + group)[:, None] * D + d[None, :]
-        there = held[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
-        v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
-        visible = held[None, :] & (t[None, :] <= position[:, None])
-        if WINDOWED:
-            visible &= t[None, :] > position[:, None] - window
-        acc, top, total = attend_tile(acc, top, total, q, k, v, visible, scale, DOT)
+            # Tiles that every row sees whole need no mask.
+            seen = tl.minimum(tl.min(tl.where(live, position, keys), axis=0).to(tl.int64) + 1, keys)
+            open_tiles = tl.where(first_key < 1, seen // BLOCK_N, 0).to(tl.int32)
+            acc, top, total = _walk(
+                acc, top, total, q, k_ptr, v_ptr, table_ptr, position, keys, group, split,
+                0, open_tiles, scale, first_key, window,
+                G, D, PAGE, False, False, SPLITS, CHUNK, DOT, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    acc, top, total = _walk(
+        acc, top, total, q, k_ptr, v_ptr, table_ptr, position, keys, group, split,
+        open_tiles, tiles.to(tl.int32), scale, first_key, window,
+        G, D, PAGE, True, WINDOWED, SPLITS, CHUNK, DOT, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     finish(
         acc, top, total, out_ptr, part_ptr, lse_ptr, row * (G * RATIO) + head, live, d, split,
         D, SPLITS,
@@ -242,10 +275,13 @@ def attention_dense(
         return out
     rows, heads, dim = q.shape
     groups, ratio, per_seq = k_cache.shape[2], heads // k_cache.shape[2], rows // batch
-    launch = settings("attention_decode", q)
+    pairs = power_of_2(per_seq * ratio, 16)
+    launch = settings("attention_decode" if pairs == 16 else "attention_verify", q)
     chunk = launch.pop("CHUNK")
-    splits = min(MAX_SPLITS, max(cdiv(max_seq_len, chunk), 1))
-    block_m = max(min(power_of_2(per_seq * ratio, 16), launch.pop("MAX_M")), power_of_2(ratio))
+    limit = launch.pop("SPLITS")
+    # Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
+    splits = min(limit, 4 * cdiv(max_seq_len, 4 * chunk)) if max_seq_len > chunk else 1
+    block_m = max(min(pairs, launch.pop("MAX_M", 16)), power_of_2(ratio))
     part, lse = parts(q, splits)
     _attention_kernel[(cdiv(per_seq, block_m // ratio), groups * splits, batch)](
         q,
@@ -290,7 +326,8 @@ def attention_dense(
             D=dim,
             SPLITS=splits,
             CHUNK=chunk,
-            BLOCK_S=power_of_2(splits),
+            # The limit, not the number in use: a sum over another width adds in another order.
+            BLOCK_S=power_of_2(limit),
             BLOCK_D=power_of_2(dim),
             **settings("attention_merge", q),
         )

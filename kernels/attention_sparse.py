@@ -97,7 +97,7 @@ def _attention_sparse_kernel(
         there = held[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
         v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
-        acc, top, total = attend_tile(acc, top, total, q, k, v, held[None, :], scale, DOT)
+        acc, top, total = attend_tile(acc, top, total, q, k, v, held[None, :], scale, True, DOT)
     finish(
         acc, top, total, out_ptr, part_ptr, lse_ptr, row * (G * RATIO) + head, live, d, split,
         D, SPLITS,

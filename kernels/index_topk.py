@@ -223,8 +223,8 @@ def topk_blocks(
     )
     ids = torch.empty(rows, groups, topk, dtype=torch.int32, device=scores.device)
     if ids.numel():
-        wide = columns > 1024
-        launch = settings("topk_long" if wide else "topk_short", scores)
+        size = "short" if columns <= 128 else "middle" if columns <= 1024 else "long"
+        launch = settings(f"topk_{size}", scores)
         block = launch.pop("BLOCK")
         _topk_blocks_kernel[(rows * groups,)](
             scores,

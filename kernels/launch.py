@@ -24,11 +24,11 @@ _EVERYWHERE: dict[str, Settings] = {
     "kv_store": {"BLOCK_H": 16, "num_warps": 4},
     "vocab_argmax": {"BLOCK": 4096, "num_warps": 8},
     "gumbel": {"BLOCK": 2048, "num_warps": 8},
-    "attention_merge": {"num_warps": 4},
-    "topk_short": {"BLOCK": 1024, "num_warps": 1},
+    "attention_merge": {"num_warps": 1},
+    "topk_short": {"BLOCK": 128, "num_warps": 1},
+    "topk_middle": {"BLOCK": 1024, "num_warps": 4},
     "topk_long": {"BLOCK": 4096, "num_warps": 4},
-    "route_choose": {"num_warps": 4},
-    "route_choose_many": {"num_warps": 1},
+    "route_choose": {"num_warps": 1},
     "route_count": {"BLOCK": 1024, "num_warps": 4},
     "moe_sort": {"BLOCK": 2048, "num_warps": 8},
     "moe_combine": {"BLOCK": 512, "num_warps": 4},
@@ -36,18 +36,21 @@ _EVERYWHERE: dict[str, Settings] = {
 
 _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "attention_decode": {
-        "CHUNK": 256, "MAX_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3,
+        "SPLITS": 64, "CHUNK": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2,
     },
-    "attention_prefill": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-    "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "attention_sparse_prefill": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "index_scores_decode": {"MAX_M": 64, "PAGES": 2, "num_warps": 4, "num_stages": 2},
-    "index_scores_prefill": {"MAX_M": 128, "PAGES": 8, "num_warps": 8, "num_stages": 3},
+    "attention_verify": {
+        "SPLITS": 32, "CHUNK": 256, "MAX_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3,
+    },
+    "attention_prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
+    "attention_sparse_prefill": {"BLOCK_N": 64, "num_warps": 1, "num_stages": 2},
+    "index_scores_decode": {"MAX_M": 64, "PAGES": 1, "num_warps": 4, "num_stages": 2},
+    "index_scores_prefill": {"MAX_M": 128, "PAGES": 4, "num_warps": 4, "num_stages": 2},
     "route_logits": {
-        "SPLITS": 48, "BLOCK_T": 16, "BLOCK_E": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1,
+        "SPLITS": 24, "BLOCK_T": 16, "BLOCK_E": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1,
     },
     "route_logits_many": {
-        "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
+        "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
     },
     "moe_up_few": {
         "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
@@ -55,21 +58,24 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     },
     "moe_down_few": {"BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 3},
     "moe_up_some": {
-        "BLOCK_T": 64, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4,
-        "num_warps": 4, "num_stages": 4,
+        "BLOCK_T": 64, "EXTRA": 32, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4,
+        "num_warps": 4, "num_stages": 3,
     },
     "moe_down_some": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 4},
     "moe_up_many": {
         "BLOCK_T": 128, "EXTRA": 32, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4,
         "num_warps": 8, "num_stages": 4,
     },
-    "moe_down_many": {"BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 4},
+    "moe_down_many": {"BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 3},
 }  # fmt: skip
 
 # Four-byte elements: tests and small models, where being right is all that counts.
 _WIDE: dict[str, Settings] = {
     "attention_decode/4": {
-        "CHUNK": 256, "MAX_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
+        "SPLITS": 64, "CHUNK": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
+    },
+    "attention_verify/4": {
+        "SPLITS": 32, "CHUNK": 256, "MAX_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
     },
     "attention_prefill/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     "attention_sparse_decode/4": {"PER_SPLIT": 2, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
@@ -93,7 +99,12 @@ _WIDE: dict[str, Settings] = {
 }  # fmt: skip
 
 _AMD: dict[str, Settings] = _EVERYWHERE | {
-    "attention_decode": {"CHUNK": 256, "MAX_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "attention_decode": {
+        "SPLITS": 64, "CHUNK": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1,
+    },
+    "attention_verify": {
+        "SPLITS": 32, "CHUNK": 256, "MAX_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1,
+    },
     "attention_prefill": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     "attention_sparse_prefill": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},

@@ -204,7 +204,7 @@ def moe_route(
         DOT=dot_dtype(x.dtype),
         **launch,
     )
-    launch = settings("route_choose" if rows <= 64 else "route_choose_many", x)
+    launch = settings("route_choose", x)
     _choose_kernel[(rows,)](
         part,
         gate if bias is None else bias,

@@ -44,7 +44,7 @@ def test_m3(dtype, device):
     ids = selection(positions, 4, 128, 16)
     q = torch.randn(1, 64, 128, device=device).to(dtype)
     where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
-    compare(attention_sparse, q, *kv.caches, ids, *where, 128**-0.5, ulps=4)
+    compare(attention_sparse, q, *kv.caches, ids, *where, 128**-0.5, ulps=4, floor=0.1)
 
 
 def test_all_blocks_are_full_attention(device):

@@ -1,0 +1,116 @@
+"""Kernels on a GPU at M3's shapes: against references, alone and among others, and in a graph.
+
+tests/kernels runs there too, on small and odd shapes.
+"""
+
+import pytest
+import torch
+
+from eaglerun.bench.kernels import (
+    DIM,
+    EXPERTS,
+    FAMILIES,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    error_of,
+    linear_cases,
+    paged,
+    randn,
+)
+from eaglerun.kernels.attention_dense import attention_dense
+from eaglerun.kernels.moe_gemm import moe_gemm
+from eaglerun.kernels.moe_route import moe_route
+
+pytestmark = pytest.mark.gpu
+ACTIVATION = (1.702, 7.0, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f is not linear_cases])
+def test_every_case_of_the_benchmark(family):
+    red = []
+    for case in family():
+        error = error_of(case, case.inputs[0])
+        if error > case.tolerance:
+            red.append(f"{case.name}: {error:.2g}")
+    assert not red
+
+
+def experts(count):
+    w13 = torch.stack([randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5) for _ in range(count)])
+    w2 = torch.stack([randn(HIDDEN, WIDTH, scale=WIDTH**-0.5) for _ in range(count)])
+    return w13, w2
+
+
+def routing(rows, count):
+    ids = torch.rand(rows, count, device="cuda").argsort(dim=1)[:, :4].int().contiguous()
+    return ids, torch.rand(rows, 4, device="cuda")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_an_moe_row_does_not_depend_on_its_neighbours(rows):
+    w13, w2 = experts(16)
+    x, (ids, weights) = randn(32, HIDDEN), routing(32, 16)
+    whole = moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
+    some = (x[5 : 5 + rows], w13, w2, ids[5 : 5 + rows], weights[5 : 5 + rows])
+    assert torch.equal(moe_gemm.kernel(*some, *ACTIVATION), whole[5 : 5 + rows])
+
+
+def test_a_routed_row_does_not_depend_on_its_neighbours():
+    x, gate = randn(64, HIDDEN), randn(EXPERTS, HIDDEN, scale=0.02, dtype=torch.float32)
+    positions = torch.arange(64, device="cuda")
+    ids, weights = moe_route.kernel(x, gate, None, positions, 4, 2.0)
+    for n in (1, 7, 33):
+        part = moe_route.kernel(x[:n], gate, None, positions[:n], 4, 2.0)
+        assert torch.equal(part[0], ids[:n]) and torch.equal(part[1], weights[:n])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_sequence_does_not_depend_on_its_neighbours(rows):
+    (where,), order = paged(8, rows, 3000, GROUPS, 1)
+    positions, tables, lens = where
+    k, v = (randn(len(order), 128, GROUPS, DIM) for _ in range(2))
+    q = randn(8 * rows, HEADS, DIM)
+    whole = attention_dense.kernel(q, k, v, positions, tables, lens, 3000, 0.1)
+    alone = attention_dense.kernel(
+        q[:rows], k, v, positions[:rows], tables[:1], lens[:1], 100_000, 0.1
+    )
+    assert torch.equal(alone, whole[:rows])
+
+
+def test_routing_differs_only_where_scores_are_as_close_as_their_error():
+    x, gate = randn(8192, HIDDEN), randn(EXPERTS, HIDDEN, scale=0.02, dtype=torch.float32)
+    positions = torch.arange(8192, device="cuda")
+    ids, _ = moe_route.kernel(x, gate, None, positions, 4, 2.0)
+    scores = (x.double() @ gate.double().t()).sigmoid()
+    best = scores.topk(4, dim=1).values
+    chosen = scores.gather(1, ids.long())
+    assert (best - chosen).abs().max() < 1e-6
+
+
+def test_a_graph_replays_with_new_inputs():
+    """Routing and lengths change between replays; no launch depends on them."""
+    w13, w2 = experts(16)
+    x, (ids, weights) = randn(8, HIDDEN), routing(8, 16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
+    for _ in range(3):
+        fresh, (new_ids, new_weights) = randn(8, HIDDEN), routing(8, 16)
+        new_ids[-2:] = -1
+        x.copy_(fresh), ids.copy_(new_ids), weights.copy_(new_weights)
+        graph.replay()
+        assert torch.equal(out, moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION))
+        assert out[-2:].eq(0).all()
