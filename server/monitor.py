@@ -52,7 +52,6 @@ class Monitor:
         self._then = self._logged = totals()
         self._number = 0
         self._was_active = False
-        self._acceptance = AcceptanceLog(1, self._begin_s)
 
     async def run(self) -> None:
         """Sample until cancelled."""
@@ -100,7 +99,9 @@ class Monitor:
                 100 * now.kv_usage,
                 100 * hits,
             )
-        acceptance = self._acceptance.line(now.speculation, now_s)
+        words = AcceptanceLog(1, self._logged_s)
+        words.line(self._logged.speculation, self._logged_s)
+        acceptance = words.line(now.speculation, now_s)
         if acceptance is not None:
             log.info("%s", acceptance)
         self._was_active = active
