@@ -256,7 +256,7 @@ def run_propose(
             draft.fill_kv(
                 torch.tensor(text.tokens[1:])[part], hidden[part], positions[part], slots[part], kv
             )
-    state = SamplingState(len(texts), VOCAB, torch.device("cpu"))
+    state = SamplingState(len(texts), VOCAB, 1, torch.device("cpu"))
     sampler = None
     if temperature is not None:
         params = SamplingParams(temperature=temperature, seed=seed)
