@@ -100,7 +100,9 @@ def _router() -> APIRouter:
 
 def _answer(model: type) -> Responses:
     """A 200 that is one object, or server-sent events where the request says stream."""
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    text = {"type": "string"}
+    event = {"type": "object", "properties": {"event": text, "data": text}, "required": ["data"]}
+    stream = {"text/event-stream": {"schema": event}}
     return {200: {"model": model, "description": "The answer", "content": stream}}
 
 

@@ -15,7 +15,7 @@ from eaglerun.errors import CheckpointError
 from eaglerun.server.failures import overloaded, refuse
 from eaglerun.server.parsers.reasoning import THINK_CLOSE, THINK_OPEN
 from eaglerun.server.parsers.tools import INVOKE, TOOL_BLOCK
-from eaglerun.server.protocol import Message
+from eaglerun.server.protocol import AssistantMessage, Message, ToolCall
 from eaglerun.server.settings import Limits, SamplingDefaults, Settings
 from eaglerun.server.template import ChatTemplate
 from eaglerun.server.vocabulary import Vocabulary
@@ -49,7 +49,7 @@ class Chat:
     """A checkpoint's tokenizer and template, worked by a few threads of its own.
 
     Rendering and tokenising a long conversation takes long; on the event loop it would hold up
-    every stream. ``close`` ends the threads.
+    every stream. ``close`` ends the threads; new ones start if there is more to do.
     """
 
     def __init__(
@@ -58,11 +58,12 @@ class Chat:
         self.vocabulary = vocabulary
         self._template = template
         self._limits = limits
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="eaglerun-chat")
+        self._threads = _threads()
         self._num_preparing = 0
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        threads, self._threads = self._threads, _threads()
+        threads.shutdown(wait=True, cancel_futures=True)
 
     async def prompt(
         self,
@@ -122,6 +123,11 @@ class Chat:
             self._num_preparing -= 1
 
 
+def _threads() -> ThreadPoolExecutor:
+    """Threads start when there is work."""
+    return ThreadPoolExecutor(2, thread_name_prefix="eaglerun-chat")
+
+
 def template_values(
     given: Mapping[str, object] | None, settings: Settings, effort: str | None = None
 ) -> dict[str, object]:
@@ -143,12 +149,13 @@ def template_values(
 
 def _turn(message: Message, param: str) -> dict[str, Any]:
     """A message as templates expect it; arguments of calls become objects."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    for name in ("name", "reasoning_content", "tool_call_id"):
-        if getattr(message, name) is not None:
-            turn[name] = getattr(message, name)
+    turn = message.model_dump(
+        include={"role", "content", "name", "reasoning_content", "tool_call_id"},
+        exclude_none=True,
+    )
+    turn.setdefault("content", None)
     calls = []
-    for i, call in enumerate(message.tool_calls or ()):
+    for i, call in enumerate(_tool_calls(message)):
         try:
             arguments = orjson.loads(call.function.arguments or "{}")
         except orjson.JSONDecodeError:
@@ -160,6 +167,11 @@ def _turn(message: Message, param: str) -> dict[str, Any]:
     if calls:
         turn["tool_calls"] = calls
     return turn
+
+
+def _tool_calls(message: Message) -> list[ToolCall]:
+    calls = message.tool_calls if isinstance(message, AssistantMessage) else None
+    return calls or []
 
 
 def load_chat(path: Path, limits: Limits, template_file: Path | None = None) -> Chat:

@@ -72,7 +72,7 @@ async def chat_completion(backend: Backend, body: ChatCompletionRequest) -> Answ
         named,
         backend.settings.limits.max_tools,
     )
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise refuse("top_logprobs", "needs logprobs to be true")
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = body.max_completion_tokens

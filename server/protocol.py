@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from eaglerun.messages import MAX_DRAFT_TOKENS, SamplingParams
+from eaglerun.messages import MAX_DRAFT_TOKENS, MAX_LOGPROBS, SamplingParams
 from eaglerun.server.failures import nearest, refuse
 from eaglerun.server.settings import Settings
 
@@ -27,6 +27,15 @@ Int = Annotated[int, Field(strict=True, ge=-_INT32, le=_INT32)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]
 Float = Annotated[float, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
+# Ranges are checked by SamplingParams and Limits; these say them to readers of the document.
+Temperature = Annotated[Float, Field(json_schema_extra={"minimum": 0, "maximum": 100})]
+Share = Annotated[Float, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
+PositiveShare = Annotated[Float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
+Factor = Annotated[Float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 100})]
+Penalty = Annotated[Float, Field(json_schema_extra={"minimum": -2, "maximum": 2})]
+Count = Annotated[Int, Field(json_schema_extra={"minimum": 0})]
+AtLeastOne = Annotated[Int, Field(json_schema_extra={"minimum": 1})]
+NumLogprobs = Annotated[Int, Field(json_schema_extra={"minimum": 0, "maximum": MAX_LOGPROBS})]
 TokenIds = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(fail_fast=True)]
 # Fields of OpenAI's API that this server does not have: null is all they may be.
 Absent = Annotated[None, BeforeValidator(lambda value: _absent(value))]
@@ -115,7 +124,7 @@ LogitBias = Annotated[
     WithJsonSchema(
         {
             "type": "object",
-            "additionalProperties": {"type": "number"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "propertyNames": {"pattern": "^[0-9]{1,9}$"},
         }
     ),
@@ -127,18 +136,18 @@ class Generation(Strict):
 
     model: str | None = None
     stream: Bool | None = None
-    temperature: Float | None = None
-    top_p: Float | None = None
-    top_k: Int | None = None
-    min_p: Float | None = None
-    repetition_penalty: Float | None = None
-    presence_penalty: Float | None = None
-    frequency_penalty: Float | None = None
+    temperature: Temperature | None = None
+    top_p: PositiveShare | None = None
+    top_k: Annotated[Int, Field(json_schema_extra={"minimum": -1})] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Factor | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     seed: Seed | None = None
     stop: Stop | None = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: Bool = False
-    min_tokens: Int | None = None
+    min_tokens: Count | None = None
     ignore_eos: Bool = False
     skip_special_tokens: Bool = True
     logit_bias: LogitBias | None = None
@@ -212,16 +221,21 @@ def _is_ids(value: list[object]) -> bool:
     return all(type(item) is int and 0 <= item <= _INT32 for item in value)
 
 
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _INT32}}
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+_IDS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": _INT32},
+    "minItems": 1,
+}
 Prompts = Annotated[
     Any,
     BeforeValidator(_prompts),
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                _IDS_SCHEMA | {"minItems": 1},
+                _TEXT_SCHEMA,
+                {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
+                _IDS_SCHEMA,
                 {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
             ]
         }
@@ -233,10 +247,10 @@ class CompletionRequest(Generation):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: Int | None = 16
-    n: Int | None = None
+    max_tokens: AtLeastOne | None = 16
+    n: AtLeastOne | None = None
     echo: Bool | None = None
-    logprobs: Int | None = None
+    logprobs: NumLogprobs | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: Bool = True
     best_of: Absent = None
@@ -246,27 +260,6 @@ class CompletionRequest(Generation):
     def prompts(self) -> tuple[str | tuple[int, ...], ...]:
         prompts: tuple[str | tuple[int, ...], ...] = self.prompt
         return prompts
-
-
-class TokenizeRequest(Strict):
-    """POST /tokenize: a prompt, or the messages that the chat template turns into one."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: "list[Message] | None" = Field(default=None, min_length=1, fail_fast=True)
-    tools: "list[Tool] | None" = Field(default=None, fail_fast=True)
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: Bool = True
-    add_special_tokens: Bool | None = None
-    return_token_strs: Bool = False
-
-
-class DetokenizeRequest(Strict):
-    """POST /detokenize."""
-
-    model: str | None = None
-    tokens: TokenIds
-    skip_special_tokens: Bool = False
 
 
 # Chat
@@ -333,39 +326,64 @@ class ToolCall(Strict):
     index: Int | None = None
 
 
-class Message(Strict):
-    """One turn. ``root`` is MiniMax-M3's role above the developer's."""
+class InstructionMessage(Strict):
+    """What the answer must heed. ``root`` is MiniMax-M3's role above the developer's."""
 
-    role: Literal["root", "system", "developer", "user", "assistant", "tool"]
+    role: Literal["root", "system", "developer"]
+    content: TextContent
+    name: str | None = None
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: TextContent
+    name: str | None = None
+
+
+class AssistantMessage(Strict):
+    """An earlier answer, also as this API gave it."""
+
+    role: Literal["assistant"]
     content: TextContent | None = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
     refusal: Absent = None
     audio: Absent = None
     function_call: Absent = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
-    def _check_role(self) -> "Message":
-        answers = self.role == "assistant"
-        if self.content is None and not (answers and (self.tool_calls or self.reasoning_content)):
-            raise _in_field("content", "is required")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise _in_field("tool_call_id", "is required in a message of role tool")
-        answers_only = {
-            "tool_calls": self.tool_calls,
-            "reasoning_content": self.reasoning_content,
-        }
-        for name, value in answers_only.items():
-            if value is not None and not answers:
-                raise _in_field(name, "belongs to messages of role assistant")
+    def _says_something(self) -> "AssistantMessage":
+        if self.content is None and self.reasoning_content is None and not self.tool_calls:
+            message = {"field": "content", "message": "is required where there are no tool_calls"}
+            raise PydanticCustomError("unsupported", "{message}", message)
         return self
 
 
-def _in_field(name: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("unsupported", "{message}", {"field": name, "message": message})
+class ToolMessage(Strict):
+    role: Literal["tool"]
+    content: TextContent
+    tool_call_id: str
+    name: str | None = None
+
+
+_ROLES = ("root", "system", "developer", "user", "assistant", "tool")
+
+
+def _known_role(value: object) -> object:
+    if isinstance(value, Mapping) and value.get("role") not in _ROLES:
+        message = {"field": "role", "message": f"should be one of {', '.join(_ROLES)}"}
+        raise PydanticCustomError("unsupported", "{message}", message)
+    return value
+
+
+Message = Annotated[
+    InstructionMessage | UserMessage | AssistantMessage | ToolMessage,
+    Field(discriminator="role"),
+    BeforeValidator(_known_role),
+]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 def _not_strict(value: object) -> object:
@@ -434,11 +452,22 @@ def _choice(value: object) -> object:
 ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_choice)]
 
 
+TemplateKwargs = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {"thinking_mode": {"enum": ["enabled", "disabled", "adaptive"]}},
+        }
+    ),
+]
+
+
 class ChatFields(Generation):
     """What /v1/chat/completions and /v1/responses share beyond sampling."""
 
     parallel_tool_calls: Bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
     include_reasoning: Bool = True
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -449,12 +478,12 @@ class ChatFields(Generation):
 class ChatCompletionRequest(ChatFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_tokens: Int | None = None
-    max_completion_tokens: Int | None = None
-    n: Int | None = None
+    messages: Messages
+    max_tokens: AtLeastOne | None = None
+    max_completion_tokens: AtLeastOne | None = None
+    n: AtLeastOne | None = None
     logprobs: Bool | None = None
-    top_logprobs: Int | None = None
+    top_logprobs: NumLogprobs | None = None
     stream_options: StreamOptions | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
@@ -468,3 +497,24 @@ class ChatCompletionRequest(ChatFields):
     function_call: Absent = None
     verbosity: Absent = None
     web_search_options: Absent = None
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: a prompt, or the messages that the chat template turns into one."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    add_generation_prompt: Bool = True
+    add_special_tokens: Bool | None = None
+    return_token_strs: Bool = False
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds
+    skip_special_tokens: Bool = False

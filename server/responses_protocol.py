@@ -7,9 +7,11 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from eaglerun.server.failures import refuse
 from eaglerun.server.protocol import (
     Absent,
+    AssistantMessage,
+    AtLeastOne,
     CalledFunction,
     ChatFields,
-    Int,
+    InstructionMessage,
     Message,
     NoEffort,
     NotStrict,
@@ -17,7 +19,9 @@ from eaglerun.server.protocol import (
     Strict,
     TextContent,
     ToolCall,
+    ToolMessage,
     ToolName,
+    UserMessage,
     unsupported,
 )
 
@@ -108,7 +112,7 @@ class ResponsesRequest(ChatFields):
 
     input: Input
     instructions: str | None = None
-    max_output_tokens: Int | None = None
+    max_output_tokens: AtLeastOne | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     text: TextOptions | None = None
@@ -130,9 +134,9 @@ class ResponsesRequest(ChatFields):
 
     def messages(self) -> list[Message]:
         """The conversation. Calls and reasoning join the assistant's turn they belong to."""
-        turns: list[dict[str, Any]] = []
+        turns: list[Message] = []
         if self.instructions is not None:
-            turns.append({"role": "developer", "content": self.instructions})
+            turns.append(InstructionMessage(role="developer", content=self.instructions))
         reasoning: str | None = None
         for i, item in enumerate(self.input):
             if item.type == "reasoning":
@@ -142,23 +146,33 @@ class ResponsesRequest(ChatFields):
                 reasoning = None
             elif reasoning is not None:
                 raise refuse(f"input[{i}]", "after reasoning comes an item of the assistant")
-            elif item.type == "function_call_output":
-                turn = {"role": "tool", "content": item.output, "tool_call_id": item.call_id}
-                turns.append(turn)
             else:
-                turns.append({"role": item.role, "content": item.content})
+                turns.append(_other_turn(item))
         if reasoning is not None:
             raise refuse("input", "ends with reasoning")
-        return [Message.model_validate(turn) for turn in turns]
+        return turns
 
 
-def _add_to_assistant(turns: list[dict[str, Any]], item: InputItem, reasoning: str | None) -> None:
+def _other_turn(item: InputItem) -> Message:
+    """A turn that is not the assistant's."""
+    if item.type == "function_call_output":
+        assert item.output is not None and item.call_id is not None
+        return ToolMessage(role="tool", content=item.output, tool_call_id=item.call_id)
+    assert item.content is not None
+    if item.role == "user":
+        return UserMessage(role="user", content=item.content)
+    assert item.role is not None and item.role != "assistant"
+    return InstructionMessage(role=item.role, content=item.content)
+
+
+def _add_to_assistant(turns: list[Message], item: InputItem, reasoning: str | None) -> None:
     """A message begins a turn; a call joins the assistant's turn before it, if there is one."""
-    if item.type == "message" or not turns or turns[-1]["role"] != "assistant":
-        turns.append({"role": "assistant", "content": item.content})
-    turn = turns[-1]
-    if reasoning:
-        turn["reasoning_content"] = turn.get("reasoning_content", "") + reasoning
+    turn = turns[-1] if turns else None
+    if item.type == "message" or not isinstance(turn, AssistantMessage):
+        turn = AssistantMessage(role="assistant", content=item.content or "")
+        turns.append(turn)
+    if reasoning is not None:
+        turn.reasoning_content = (turn.reasoning_content or "") + reasoning
     if item.name is not None and item.arguments is not None:
         function = CalledFunction(name=item.name, arguments=item.arguments)
-        turn.setdefault("tool_calls", []).append(ToolCall(id=item.call_id, function=function))
+        turn.tool_calls = [*(turn.tool_calls or ()), ToolCall(id=item.call_id, function=function)]

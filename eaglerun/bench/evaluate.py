@@ -23,7 +23,7 @@ from eaglerun.llm import LLM
 from eaglerun.loader import DEMO, Models
 from eaglerun.messages import SamplingParams, SpeculationStats
 from eaglerun.server.chat import load_chat
-from eaglerun.server.protocol import Message
+from eaglerun.server.protocol import UserMessage
 from eaglerun.server.settings import Limits
 
 # Word problems of trained templates with new numbers, of templates never trained on, and
@@ -141,7 +141,7 @@ def render(models: Models, problem: Problem, mode: str) -> tuple[int, ...]:
     if models.path is None:
         raise ConfigError("chats need a checkpoint with a tokenizer and a chat template")
     chat = load_chat(models.path, Limits())
-    messages = [Message(role="user", content=problem.content)]
+    messages = [UserMessage(role="user", content=problem.content)]
     try:
         prompt = asyncio.run(chat.prompt(messages, None, template_kwargs={"thinking_mode": mode}))
     finally:

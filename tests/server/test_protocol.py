@@ -89,7 +89,8 @@ def refusal(reply: Reply) -> tuple[str | None, str]:
         ),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
-        ({"messages": [{"content": "x"}]}, "messages[0].role", "is required"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "should be one of root"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content", "is required where"),
         ({"messages": [USER, {"role": "bot", "content": ""}]}, "messages[1].role", "should be"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -99,7 +100,7 @@ def refusal(reply: Reply) -> tuple[str | None, str]:
         (
             {"messages": [{"role": "user", "content": "x", "tool_calls": []}]},
             "messages[0].tool_calls",
-            "belongs to messages of role assistant",
+            "is not a field of this API",
         ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "required"),
         (
