@@ -9,14 +9,16 @@ from eaglerun.bench.evaluate import (
     Answerer,
     evaluate,
     in_process,
+    load_problems,
     over_http,
+    render,
     write_json,
 )
-from eaglerun.bench.latency import Row, measure, prompts_of, to_text
+from eaglerun.bench.latency import Row, measure, random_prompts, to_text
 from eaglerun.bench.latency import write_json as write_rows
 from eaglerun.config import Config
 from eaglerun.errors import ConfigError
-from eaglerun.loader import load_models
+from eaglerun.loader import Models, load_models
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -94,3 +96,12 @@ def run_latency(config: Config, flags: argparse.Namespace) -> int:
     if flags.json is not None:
         write_rows(config, rows, flags.json)
     return 0
+
+
+def prompts_of(
+    models: Models, kind: str, count: int, length: int, seed: int
+) -> list[tuple[int, ...]]:
+    """``count`` prompts: random ids of ``length``, or the demo's word problems as chats."""
+    if kind == "random":
+        return random_prompts(count, length, models.target.spec.vocab_size, seed)
+    return [render(models, p, "adaptive") for p in load_problems("seeds", count)]

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from eaglerun.bench.evaluate import load_problems, render
 from eaglerun.budget import draft_components, target_components
 from eaglerun.config import Config
 from eaglerun.engine import Engine
@@ -57,15 +56,6 @@ class Row:
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[tuple[int, ...]]:
     rng = random.Random(seed)
     return [tuple(rng.randrange(vocab_size) for _ in range(length)) for _ in range(count)]
-
-
-def prompts_of(
-    models: Models, kind: str, count: int, length: int, seed: int
-) -> list[tuple[int, ...]]:
-    """``count`` prompts: random ids of ``length``, or the demo's word problems as chats."""
-    if kind == "random":
-        return random_prompts(count, length, models.target.spec.vocab_size, seed)
-    return [render(models, p, "adaptive") for p in load_problems("seeds", count)]
 
 
 def step_bytes(
