@@ -28,7 +28,7 @@ from eaglerun.messages import (
 )
 from eaglerun.server.app import create_app
 from eaglerun.server.chat import Chat
-from eaglerun.server.client import EngineStatus
+from eaglerun.server.client import EngineClient, EngineStatus
 from eaglerun.server.settings import Settings
 from eaglerun.server.template import ChatTemplate
 from eaglerun.server.vocabulary import Vocabulary
@@ -154,6 +154,27 @@ class FakeEngine:
         return counter.stats()
 
 
+class Stage:
+    """An application is slow to make: this one asks whichever engine stands on the stage."""
+
+    def __init__(self) -> None:
+        self._engine = FakeEngine()
+        self._app = make_app(self)
+
+    def post(self, engine: FakeEngine, path: str, body: object) -> "Reply":
+        self._engine = engine
+        return post(self._app, path, body)
+
+    async def submit(self, request: Request) -> "FakeEvents":
+        return await self._engine.submit(request)
+
+    def status(self) -> EngineStatus:
+        return self._engine.status()
+
+    def speculation(self) -> SpeculationStats:
+        return self._engine.speculation()
+
+
 class FakeEvents:
     """The events of one request; sequences take turns."""
 
@@ -265,7 +286,7 @@ def logprobs_of(token: int, num_top: int) -> TokenLogprobs:
 
 
 def make_app(
-    engine: FakeEngine | None = None, template: str = TEMPLATE, **settings: Any
+    engine: EngineClient | None = None, template: str = TEMPLATE, **settings: Any
 ) -> FastAPI:
     made = Settings(**({"model_names": (MODEL,), "created": 1, "version": "0"} | settings))
     chat_template = ChatTemplate(

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from fake_engine import MODEL, TOKENIZER, FakeEngine, Script, make_app, post
+from fake_engine import MODEL, TOKENIZER, FakeEngine, Script, Stage, make_app, post
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,23 +31,25 @@ CALL = (
     f"{NS}<days>{NS}<item>1{NS}</item>{NS}</days>{NS}</invoke>\n{NS}</tool_call>"
 )
 
+STAGE = Stage()
+
 
 def says(*answers: str, **script: Any) -> FakeEngine:
     """An engine whose sequence i answers answers[i]."""
     return FakeEngine(Script(lambda request, i: answers[i % len(answers)], **script))
 
 
-def ask(engine: FakeEngine | None = None, **fields: Any) -> dict[str, Any]:
+def ask(engine: FakeEngine, **fields: Any) -> dict[str, Any]:
     body = {"messages": [USER], "temperature": 0.0} | fields
-    reply = post(make_app(engine), "/v1/chat/completions", body)
+    reply = STAGE.post(engine, "/v1/chat/completions", body)
     assert reply.status == 200, reply.body
     answer: dict[str, Any] = reply.json()
     return answer
 
 
-def stream(engine: FakeEngine | None = None, **fields: Any) -> list[Any]:
+def stream(engine: FakeEngine, **fields: Any) -> list[Any]:
     body = {"messages": [USER], "stream": True} | fields
-    reply = post(make_app(engine), "/v1/chat/completions", body)
+    reply = STAGE.post(engine, "/v1/chat/completions", body)
     assert reply.status == 200, reply.body
     assert reply.headers["content-type"].startswith("text/event-stream")
     events = reply.events()
@@ -397,7 +399,7 @@ def test_the_end_of_a_stream():
 
 def test_what_is_ready_leaves_in_one_write():
     engine = says("abcdef", groups=(1,), burst=True)
-    reply = post(make_app(engine), "/v1/chat/completions", {"messages": [USER], "stream": True})
+    reply = STAGE.post(engine, "/v1/chat/completions", {"messages": [USER], "stream": True})
     assert len(reply.chunks) == 1
     assert reply.body.count(b"data: ") == 1 + 6 + 1 + 1
 

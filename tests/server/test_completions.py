@@ -3,7 +3,9 @@
 from typing import Any
 
 import pytest
-from fake_engine import TOKENIZER, FakeEngine, Script, make_app, post
+from fake_engine import TOKENIZER, FakeEngine, Script, Stage, make_app, post
+
+STAGE = Stage()
 
 
 def says(*answers: str, **script: Any) -> FakeEngine:
@@ -11,7 +13,7 @@ def says(*answers: str, **script: Any) -> FakeEngine:
 
 
 def ask(engine: FakeEngine, **fields: Any) -> Any:
-    reply = post(make_app(engine), "/v1/completions", {"prompt": "ab"} | fields)
+    reply = STAGE.post(engine, "/v1/completions", {"prompt": "ab"} | fields)
     assert reply.status == 200, reply.body
     return reply.events() if fields.get("stream") else reply.json()
 
@@ -123,7 +125,7 @@ def test_a_stream_says_what_a_whole_answer_says(fields):
 
 def test_one_prompt_that_fails_ends_the_answer():
     engine = says("abcdef", fail=2)
-    reply = post(make_app(engine), "/v1/completions", {"prompt": ["a", "b"]})
+    reply = STAGE.post(engine, "/v1/completions", {"prompt": ["a", "b"]})
     assert reply.status == 503 and reply.error["message"] == "the engine died"
     [*_, last] = ask(engine, prompt=["a", "b"], stream=True)
     assert last["error"]["message"] == "the engine died"
@@ -150,7 +152,7 @@ def test_a_conversation_as_tokens():
     kwargs = {"thinking_mode": "disabled"}
     body = {"messages": messages, "chat_template_kwargs": kwargs}
     tokens = post(app, "/tokenize", body).json()["tokens"]
-    post(make_app(engine), "/v1/chat/completions", body)
+    STAGE.post(engine, "/v1/chat/completions", body)
     assert tuple(tokens) == engine.requests[0].prompt_ids
     shorter = post(app, "/tokenize", body | {"add_generation_prompt": False}).json()["tokens"]
     assert tokens[: len(shorter)] == shorter

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from fake_engine import TOKENIZER, FakeEngine, Script, make_app, post
+from fake_engine import TOKENIZER, FakeEngine, Script, Stage
 
 NS = "]<]minimax[>["
 CALL = (
@@ -17,13 +17,15 @@ TOOL = {
     "strict": False,
 }
 
+STAGE = Stage()
+
 
 def says(answer: str, **script: Any) -> FakeEngine:
     return FakeEngine(Script(lambda request, i: answer, **script))
 
 
 def ask(engine: FakeEngine, **fields: Any) -> Any:
-    reply = post(make_app(engine), "/v1/responses", {"input": "hi"} | fields)
+    reply = STAGE.post(engine, "/v1/responses", {"input": "hi"} | fields)
     assert reply.status == 200, reply.body
     return reply.events() if fields.get("stream") else reply.json()
 
