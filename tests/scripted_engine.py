@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 
 from eaglerun.errors import ConfigError, RequestError
@@ -25,13 +26,21 @@ from eaglerun.speculative.stats import AcceptanceCounter, EngineStats
 FOREVER = 1 << 30
 
 
+# Where fake_engine's tokenizer, which lists the printable bytes first, has the letter a.
+LETTER_A = ord("a") - ord("!")
+
+
 def token_at(prompt_ids: tuple[int, ...], index: int, k: int) -> int:
-    return 97 + (sum(prompt_ids) + 7 * index + k) % 26
+    return LETTER_A + (sum(prompt_ids) + 7 * index + k) % 26
 
 
 def text_of(prompt_ids: tuple[int, ...], index: int, num_tokens: int) -> str:
     """The whole answer."""
-    return "".join(chr(token_at(prompt_ids, index, k)) for k in range(num_tokens))
+    return letters(token_at(prompt_ids, index, k) for k in range(num_tokens))
+
+
+def letters(token_ids: Iterable[int]) -> str:
+    return "".join(chr(id_ + ord("!")) for id_ in token_ids)
 
 
 class Answer:
@@ -140,7 +149,7 @@ class ScriptedEngine:
         if drafts:
             answer.acceptance.add(drafts, accepted)
         self.stats.add_decode_row(len(request.prompt_ids) + done, drafts, accepted)
-        text = "".join(map(chr, ids))
+        text = letters(ids)
         events: list[Event] = [Tokens(request.request_id, index, tuple(ids), text, accepted)]
         if self._is_done(answer):
             events.append(self._finished(answer, FinishReason.LENGTH))

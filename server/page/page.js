@@ -27,7 +27,7 @@ async function ask(path, options = {}) {
 
 // Measurements
 
-function chart(id, lines, range) {
+function chart(id, lines, range, steps) {
   const axis = { stroke: color("--faint"), grid: { stroke: color("--line") }, ticks: { show: false } };
   const clock = (_, ticks) => ticks.map((t) => (t === 0 ? "0" : `${Math.round(t)} s`));
   const box = by(id);
@@ -37,9 +37,12 @@ function chart(id, lines, range) {
     legend: { show: false },
     cursor: { show: false },
     scales: { x: { time: false }, y: { range } },
-    axes: [{ ...axis, values: clock, size: 28 }, { ...axis, size: 46 }],
+    axes: [
+      { ...axis, values: clock, size: 28, incrs: [1, 2, 5, 10, 20, 30, 60, 120] },
+      { ...axis, size: 46, ...(steps && { incrs: steps }) },
+    ],
     series: [{}, ...lines.map(([label, name]) => ({
-      label, stroke: color(name), width: 2, points: { show: false },
+      label, stroke: color(name), width: 2, points: { show: true, size: 3, fill: color(name) },
     }))],
   }, [[], ...lines.map(() => [])], box);
   new ResizeObserver(() => plot.setSize({ width: box.clientWidth, height: box.clientHeight }))
@@ -48,12 +51,12 @@ function chart(id, lines, range) {
 }
 
 const fromZero = (_, low, high) => [0, Math.max(high * 1.1, 1)];
-const lengths = (_, low, high) => [1, Math.max(high, (numDraftTokens || 0) + 1)];
+const lengths = (_, low, high) => [1, Math.max(high, (numDraftTokens || 1) + 1)];
 const charts = [
-  [chart("length-chart", [["length", "--draft"]], lengths), ["length"]],
+  [chart("length-chart", [["length", "--draft"]], lengths, [1, 2, 5]), ["length"]],
   [chart("speed-chart", [["tokens/s", "--ink"]], fromZero), ["speed"]],
-  [chart("load-chart", [["running", "--draft"], ["waiting", "--own"]], fromZero),
-    ["running", "waiting"]],
+  [chart("load-chart", [["running", "--draft"], ["waiting", "--own"]], fromZero,
+    [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]), ["running", "waiting"]],
 ];
 
 function showPositions(speculation) {
