@@ -24,7 +24,9 @@ def rope_table(
         raise ValueError(f"rope_table: rotary_dim = {rotary_dim} is odd")
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, rotary_dim, 2, device=device, dtype=dtype) / rotary_dim
-    angles = torch.arange(max_positions, device=device, dtype=dtype)[:, None] * theta**-exponents
+    # 1 / theta^x and not theta^-x: at a far position one bit of a frequency is a visible angle.
+    inv_freq = 1.0 / theta**exponents
+    angles = torch.arange(max_positions, device=device, dtype=dtype)[:, None] * inv_freq
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
