@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import orjson
 from tokenizers import Tokenizer
 
-from eaglerun.errors import CheckpointError
+from eaglerun.errors import CheckpointError, RequestError
 from eaglerun.server.failures import overloaded, refuse
 from eaglerun.server.parsers.reasoning import THINK_CLOSE, THINK_OPEN
 from eaglerun.server.parsers.tools import INVOKE, TOOL_BLOCK
@@ -204,13 +204,19 @@ def load_chat(path: Path, limits: Limits, template_file: Path | None = None) -> 
 
 
 def load_sampling(path: Path) -> SamplingDefaults:
-    """Sampling defaults of a checkpoint: its generation_config.json, where it has one."""
+    """Sampling defaults of a checkpoint: its generation_config.json, where it has one.
+
+    CheckpointError for values that no request could ask for.
+    """
     config = _read_json(path / "generation_config.json")
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     values = {name: config[name] for name in names if config.get(name) is not None}
     if config.get("do_sample") is False:
         values["temperature"] = 0.0
-    return SamplingDefaults(**values)
+    try:
+        return SamplingDefaults(**values)
+    except RequestError as error:
+        raise CheckpointError(f"{path / 'generation_config.json'}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

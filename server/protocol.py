@@ -326,18 +326,24 @@ class ToolCall(Strict):
     index: Int | None = None
 
 
+# What lm-eval writes into every message besides its role and content; it says nothing.
+MessageType = Literal["text", "message"] | None
+
+
 class InstructionMessage(Strict):
     """What the answer must heed. ``root`` is MiniMax-M3's role above the developer's."""
 
     role: Literal["root", "system", "developer"]
     content: TextContent
     name: str | None = None
+    type: MessageType = None
 
 
 class UserMessage(Strict):
     role: Literal["user"]
     content: TextContent
     name: str | None = None
+    type: MessageType = None
 
 
 class AssistantMessage(Strict):
@@ -346,6 +352,7 @@ class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: TextContent | None = None
     name: str | None = None
+    type: MessageType = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     refusal: Absent = None
@@ -366,6 +373,7 @@ class ToolMessage(Strict):
     content: TextContent
     tool_call_id: str
     name: str | None = None
+    type: MessageType = None
 
 
 _ROLES = ("root", "system", "developer", "user", "assistant", "tool")

@@ -40,6 +40,12 @@ class ReasoningParser:
     def feed(self, text: str) -> list[Part]:
         if self._at(_State.AFTER):
             return [Content(text)] if text else []
+        if "<" not in text and not self._held and text:
+            # The usual piece: it has nothing to do with a marker.
+            if self._at(_State.REASONING):
+                return [Reasoning(text)]
+            if self._at(_State.BEFORE):
+                return [Content(text)]
         text, self._held = self._held + text, ""
         parts: list[Part] = []
         if self._at(_State.LEADING_CONTENT):

@@ -261,7 +261,7 @@ def test_history_goes_through_the_template():
         "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
     }
     messages = [
-        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Be brief.", "type": "text"},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},

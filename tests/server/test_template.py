@@ -6,7 +6,7 @@ import pytest
 from fake_engine import EOS, TEMPLATE, TOKENIZER
 from tokenizers import Tokenizer, models
 
-from eaglerun.errors import CheckpointError, RequestError
+from eaglerun.errors import CheckpointError
 from eaglerun.server.chat import load_chat, load_sampling
 from eaglerun.server.failures import ApiError
 from eaglerun.server.settings import Limits, SamplingDefaults
@@ -126,5 +126,5 @@ def test_sampling_of_a_checkpoint(tmp_path):
     file.write_text('{"do_sample": false, "temperature": 0.6}')
     assert load_sampling(tmp_path).temperature == 0.0
     file.write_text('{"top_p": 7}')
-    with pytest.raises(RequestError, match="top_p"):
+    with pytest.raises(CheckpointError, match="generation_config.json: top_p: 7 is not in"):
         load_sampling(tmp_path)
