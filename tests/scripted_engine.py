@@ -49,13 +49,16 @@ class Answer:
         self.index = index
         self.num_tokens = 0
         self.aborted = False
+        self.due_s = 0.0
         self.acceptance = AcceptanceCounter()
 
 
 class ScriptedEngine:
     """Every step gives each running answer one token and ``num_accepted`` drafts before it.
 
-    A step takes at least ``pause_ms``. ``raise_at`` and ``hang_at`` are steps at which it breaks.
+    A step takes at least ``pause_ms``. With ``rate``, answers advance that many times a second,
+    each at its own moment, and their text is that moment, time.perf_counter_ns().
+    ``raise_at`` and ``hang_at`` are steps at which it breaks.
     """
 
     model_name = "scripted"
@@ -69,8 +72,11 @@ class ScriptedEngine:
         raise_at: int = FOREVER,
         hang_at: int = FOREVER,
         pause_ms: int = 0,
+        rate: int = 0,
     ) -> None:
         self.max_model_len = max_model_len
+        self._rate = rate
+        self._num_begun = 0
         self._pause_s = pause_ms / 1e3
         self.stats = EngineStats()
         self._places = max_num_seqs
@@ -119,11 +125,27 @@ class ScriptedEngine:
             self.stats.prompt_tokens += len(answer.request.prompt_ids)
             self._running.append(answer)
         events: list[Event] = []
-        for answer in (*self._running, *(a for a in self._waiting if a.aborted)):
+        due = self._running if not self._rate else self._wait_for_due()
+        for answer in (*due, *(a for a in self._waiting if a.aborted)):
             events += self._advance(answer)
         self._running = [a for a in self._running if not self._is_done(a)]
         self._waiting = deque(a for a in self._waiting if not a.aborted)
         return events
+
+    def _wait_for_due(self) -> list[Answer]:
+        """The next answer that is to advance, when it is, and all that are aborted."""
+        now = time.perf_counter()
+        period = 1 / self._rate
+        for answer in self._running:
+            if not answer.due_s:
+                self._num_begun += 1
+                # Multiples of the golden ratio spread any number of answers over the period.
+                answer.due_s = now + period * (0.618034 * self._num_begun % 1)
+        answer = min(self._running, key=lambda a: a.due_s)
+        if answer.due_s > now:
+            time.sleep(answer.due_s - now)
+        answer.due_s += period
+        return [a for a in self._running if a is answer or a.aborted]
 
     def close(self, message: str = "closed") -> list[Event]:
         ids = dict.fromkeys(a.request.request_id for a in (*self._waiting, *self._running))
@@ -149,7 +171,7 @@ class ScriptedEngine:
         if drafts:
             answer.acceptance.add(drafts, accepted)
         self.stats.add_decode_row(len(request.prompt_ids) + done, drafts, accepted)
-        text = letters(ids)
+        text = str(time.perf_counter_ns()) if self._rate else letters(ids)
         events: list[Event] = [Tokens(request.request_id, index, tuple(ids), text, accepted)]
         if self._is_done(answer):
             events.append(self._finished(answer, FinishReason.LENGTH))
@@ -183,6 +205,7 @@ def main() -> int:
         ("raise-at", FOREVER),
         ("hang-at", FOREVER),
         ("pause-ms", 0),
+        ("rate", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = vars(parser.parse_args())

@@ -1,7 +1,9 @@
 """What Prometheus reads, the history behind the page, and the log lines, against plain counts."""
 
+import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -12,6 +14,8 @@ from eaglerun.server.metrics import LENGTHS, SECONDS, Exposition, Histogram, Req
 from eaglerun.server.monitor import NUM_SAMPLES, Monitor
 from eaglerun.server.wire import Totals, less
 from eaglerun.speculative.stats import AcceptanceCounter
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def counted(*steps: tuple[int, int]) -> SpeculationStats:
@@ -199,3 +203,15 @@ def test_the_log_has_the_words_that_tools_look_for(caplog: pytest.LogCaptureFixt
         totals.append(Totals(steps=10, emitted_tokens=40, prompt_tokens=100))
         assert len(lines()) == 1
         assert lines() == []
+
+
+def test_the_dashboard_asks_only_for_what_is_exposed():
+    dashboard = json.loads((ROOT / "recipes/grafana/eaglerun.json").read_text())
+    expressions = [
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())
+    ]
+    asked = {name for text in expressions for name in re.findall(r"eaglerun:\w+", text)}
+    exposed_names = {name for name, _ in exposed(TOTALS, RequestMetrics())}
+    assert len(asked) > 20 and asked <= exposed_names
+    places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
