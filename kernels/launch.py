@@ -39,7 +39,7 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
         "SPLITS": 64, "CHUNK": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2,
     },
     "attention_verify": {
-        "SPLITS": 32, "CHUNK": 256, "MAX_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3,
+        "SPLITS": 32, "CHUNK": 256, "MAX_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2,
     },
     "attention_prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
@@ -52,6 +52,7 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "route_logits_many": {
         "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
     },
+    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5},
     "moe_up_few": {
         "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
         "num_warps": 4, "num_stages": 3,
@@ -116,6 +117,7 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
     "route_logits_many": {
         "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2,
     },
+    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
     "moe_up_few": {
         "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
         "num_warps": 4, "num_stages": 2,

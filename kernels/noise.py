@@ -52,20 +52,26 @@ def _gumbel(key, v):
 
 
 @jit
-def _uniform_kernel(seed_ptr, position_ptr, out_ptr, rows, STEP: tl.constexpr, BLOCK: tl.constexpr):
+def _uniform_kernel(
+    seed_ptr, position_ptr, out_ptr, seed_step, position_step, rows,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seed = tl.load(seed_ptr + n, mask=n < rows, other=0)
-    position = tl.load(position_ptr + n, mask=n < rows, other=0)
+    seed = tl.load(seed_ptr + n * seed_step, mask=n < rows, other=0)
+    position = tl.load(position_ptr + n * position_step, mask=n < rows, other=0)
     tl.store(out_ptr + n, _unit(_mix(_key(seed, position, STEP))), mask=n < rows)
 
 
 @jit
 def _gumbel_kernel(
-    seed_ptr, position_ptr, out_ptr, size, STEP: tl.constexpr, BLOCK: tl.constexpr
+    seed_ptr, position_ptr, out_ptr, seed_step, position_step, size,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    key = _key(tl.load(seed_ptr + row), tl.load(position_ptr + row), STEP)
+    key = _key(
+        tl.load(seed_ptr + row * seed_step), tl.load(position_ptr + row * position_step), STEP
+    )
     tl.store(out_ptr + row * size + v, _gumbel(key, v), mask=v < size)
 
 
@@ -76,6 +82,8 @@ def _draw_chunk_kernel(
     position_ptr,
     best_ptr,
     id_ptr,
+    seed_step,
+    position_step,
     scores_row,
     V,
     chunks,
@@ -86,7 +94,9 @@ def _draw_chunk_kernel(
     chunk = tl.program_id(1)
     v = chunk * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(scores_ptr + row * scores_row + v, mask=v < V, other=float("-inf"))
-    key = _key(tl.load(seed_ptr + row), tl.load(position_ptr + row), STEP)
+    key = _key(
+        tl.load(seed_ptr + row * seed_step), tl.load(position_ptr + row * position_step), STEP
+    )
     z = score.to(tl.float64) + _gumbel(key, v)
     best = tl.max(z, axis=0)
     tl.store(best_ptr + row * chunks + chunk, best)
@@ -106,15 +116,15 @@ def _draw_merge_kernel(best_ptr, id_ptr, out_ptr, chunks, BLOCK: tl.constexpr):
 def uniform(seed: Tensor, position: Tensor, stream: int) -> Tensor:
     """One number in (0, 1) per row: u = (h + 1/2) / 2^52 with h the top 52 bits of the hash.
 
-    Shapes  seed, position [N] int64; returns [N] float64. N may be 0.
+    Shapes  seed, position [N] int64 of any stride; returns [N] float64. N may be 0.
     Error   none: integers until one exact multiply-add.
     Raises  ValueError on another shape, stride or dtype.
     """
-    _require("uniform", seed, position)
+    steps = _steps("uniform", seed, position)
     out = torch.empty(seed.shape, dtype=torch.float64, device=seed.device)
     if out.numel():
         _uniform_kernel[(cdiv(out.numel(), 128),)](
-            seed, position, out, out.numel(), STEP=_step(stream), BLOCK=128
+            seed, position, out, *steps, out.numel(), STEP=_step(stream), BLOCK=128
         )
     return out
 
@@ -125,17 +135,17 @@ def gumbel(seed: Tensor, position: Tensor, stream: int, size: int) -> Tensor:
 
     u(n, v) hashes (seed[n], position[n], stream, v); see uniform.
 
-    Shapes  seed, position [N] int64; returns [N, size] float64. N may be 0.
+    Shapes  seed, position [N] int64 of any stride; returns [N, size] float64. N may be 0.
     Error   a few ulp of float64: the device's logarithm.
     Raises  ValueError on another shape, stride or dtype.
     """
-    _require("gumbel", seed, position)
+    steps = _steps("gumbel", seed, position)
     rows = seed.shape[0]
     out = torch.empty(rows, size, dtype=torch.float64, device=seed.device)
     if out.numel():
         launch = settings("gumbel", out)
         _gumbel_kernel[(rows, cdiv(size, launch["BLOCK"]))](
-            seed, position, out, size, STEP=_step(stream), **launch
+            seed, position, out, *steps, size, STEP=_step(stream), **launch
         )
     return out
 
@@ -146,14 +156,14 @@ def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -
 
     The draw of one token per row from softmax(scores), without the noise in memory.
 
-    Shapes  scores [N, V], last dim contiguous, -inf allowed; seed, position [N] int64; returns
-            [N] int64. N may be 0.
+    Shapes  scores [N, V], last dim contiguous, -inf allowed; seed, position [N] int64 of any
+            stride; returns [N] int64. N may be 0.
     Dtypes  scores fp32 or fp64; noise and sum in fp64.
     Error   equal to the reference but where two sums differ by a few ulp of float64.
     Raises  ValueError on another shape, stride or dtype.
     Source  Gumbel-max: Maddison et al. 2014, arXiv:1411.0030, section 2.
     """
-    _require("gumbel_argmax", seed, position)
+    steps = _steps("gumbel_argmax", seed, position)
     require(
         scores.ndim == 2
         and scores.shape[:1] == seed.shape
@@ -177,6 +187,7 @@ def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -
             position,
             best,
             best_ids,
+            *steps,
             scores.stride(0),
             vocab,
             chunks,
@@ -200,14 +211,14 @@ def _step(stream: int) -> int:
     return step - 2**64 if step >= 2**63 else step
 
 
-def _require(name: str, seed: Tensor, position: Tensor) -> None:
+def _steps(name: str, seed: Tensor, position: Tensor) -> tuple[int, int]:
+    """Strides of the two, checked: one seed of several rows has a stride of 0."""
     require(
         seed.ndim == 1
         and seed.shape == position.shape
-        and seed.dtype == position.dtype == torch.int64
-        and seed.is_contiguous()
-        and position.is_contiguous(),
+        and seed.dtype == position.dtype == torch.int64,
         name,
         seed=seed,
         position=position,
     )
+    return seed.stride(0), position.stride(0)

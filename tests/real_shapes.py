@@ -19,6 +19,7 @@ from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
 from eaglerun.kernels.draft_inputs import draft_inputs, kv_slots_of, verify_inputs
 from eaglerun.kernels.index_topk import index_topk, index_topk_ragged
 from eaglerun.kernels.kv_store import draft_kv_store, kv_index_store, kv_store
+from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.noise import gumbel, gumbel_argmax, uniform
@@ -61,6 +62,8 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     yield dual_rmsnorm_cat, (x, x, weight, weight, 1e-6)
     yield swiglu_oai, (new(4, 2 * WIDTH), 1.702, 7.0, 1.0)
     yield swiglu, (new(4, 2 * DRAFT_WIDTH),)
+    yield linear, (x, new(9856, HIDDEN))
+    yield linear, (new(64, HIDDEN), new(VOCAB, HIDDEN))
     yield store_carry, (x, ints(4), new(32, HIDDEN), BLOCK)
     yield accept, (ints(4, 4), new(4, 3, dtype=torch.bool), ints(4))
     table = ints(4, 64, dtype=torch.int32)

@@ -15,11 +15,11 @@ from eaglerun.bench.kernels import (
     HIDDEN,
     WIDTH,
     error_of,
-    linear_cases,
     paged,
     randn,
 )
 from eaglerun.kernels.attention_dense import attention_dense
+from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 
@@ -34,7 +34,7 @@ def seeded():
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f is not linear_cases])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_case_of_the_benchmark(family):
     red = []
     for case in family():
@@ -62,6 +62,13 @@ def test_an_moe_row_does_not_depend_on_its_neighbours(rows):
     whole = moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
     some = (x[5 : 5 + rows], w13, w2, ids[5 : 5 + rows], weights[5 : 5 + rows])
     assert torch.equal(moe_gemm.kernel(*some, *ACTIVATION), whole[5 : 5 + rows])
+
+
+def test_a_projected_row_does_not_depend_on_its_neighbours():
+    x, weight = randn(64, HIDDEN), randn(9856, HIDDEN, scale=0.02)
+    whole = linear.kernel(x, weight)
+    for n in (1, 4, 16, 17, 40):
+        assert torch.equal(linear.kernel(x[:n], weight), whole[:n]), n
 
 
 def test_a_routed_row_does_not_depend_on_its_neighbours():

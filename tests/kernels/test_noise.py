@@ -30,6 +30,13 @@ def test_the_fused_draw_is_the_draw(rows, vocab, device):
     compare(gumbel_argmax, scores, *keys(rows, device), TOKEN)
 
 
+def test_a_seed_repeated_by_its_stride(device):
+    seed, position = torch.tensor([7], device=device).expand(5), torch.arange(10, device=device)
+    compare(gumbel_argmax, torch.randn(5, 300, device=device), seed, position[::2], TOKEN)
+    compare(uniform, seed, position[::2], ACCEPT, tolerance=0.0)
+    compare(gumbel, seed, position[::2], ACCEPT, 9, tolerance=1e-14)
+
+
 def test_raises(device):
     seed, position = keys(3, device)
     with pytest.raises(ValueError, match="uniform"):

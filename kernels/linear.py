@@ -1,0 +1,110 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The product of few rows with a weight matrix: a decode step's projections.
+
+It reads every weight once, and that is all it costs. The library's kernels reach the memory limit
+for the largest matrices alone; this one does for those of a layer too, and gives a row the same
+bits whatever the number of rows.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eaglerun.kernels import paired
+from eaglerun.kernels.language import FLOATS, cdiv, dot_dtype, jit, power_of_2, require, tl
+from eaglerun.kernels.launch import settings
+from eaglerun.kernels.reference import linear as reference
+
+# Above, the library's product.
+MAX_ROWS = 64
+
+
+@jit
+def _linear_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    x_row,
+    w_row,
+    O,  # noqa: E741
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Transposed, weights [BLOCK_N, k] times rows [k, BLOCK_T], as in moe_gemm."""
+    o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    # Columns past the end read the last one, and are not stored.
+    w_at = w_ptr + tl.minimum(o, O - 1).to(tl.int64)[:, None] * w_row + k[None, :]
+    x_at = x_ptr + t[None, :] * x_row + k[:, None]
+    y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            w = tl.load(w_at).to(DOT)
+            x = tl.load(x_at, mask=(t < rows)[None, :], other=0.0).to(DOT)
+        else:
+            inside = start + k < K
+            w = tl.load(w_at, mask=inside[None, :], other=0.0).to(DOT)
+            x = tl.load(x_at, mask=(t < rows)[None, :] & inside[:, None], other=0.0).to(DOT)
+        y = tl.dot(w, x, y, input_precision="ieee")
+        w_at += BLOCK_K
+        x_at += BLOCK_K
+    if BIAS:
+        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
+    at = t.to(tl.int64)[None, :] * O + o[:, None]
+    tl.store(y_ptr + at, y, mask=(t < rows)[None, :] & (o < O)[:, None])
+
+
+@paired(reference.linear)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[n, o] = sum_k x[n, k] weight[o, k] (+ bias[o]), rounded once.
+
+    Up to 64 rows by the kernel here; more rows, and fp32, by torch's product, which is at the
+    limit there.
+
+    Shapes  x [N, K], weight [O, K], last dims contiguous, rows of any stride; bias [O] or None;
+            returns [N, O] contiguous. N may be 0.
+    Dtypes  x, weight, bias alike: bf16, fp16 or fp32; sums in fp32.
+    Error   1 ulp of x.dtype at the row's largest value: fp32 sums in another order. Up to 64
+            rows a row's bits do not depend on the number of rows.
+    Raises  ValueError on another shape, stride or dtype.
+    """
+    require(
+        x.ndim == weight.ndim == 2
+        and x.shape[1] == weight.shape[1] > 0
+        and x.stride(1) == weight.stride(1) == 1
+        and x.dtype == weight.dtype
+        and x.dtype in FLOATS
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype)),
+        "linear",
+        x=x,
+        weight=weight,
+        bias=bias,
+    )
+    rows, (out, width) = x.shape[0], weight.shape
+    if rows > MAX_ROWS or x.dtype == torch.float32 or not rows:
+        return F.linear(x, weight, bias)
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    launch = settings("linear", x)
+    _linear_kernel[(cdiv(out, launch["BLOCK_N"]),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        y,
+        rows,
+        x.stride(0),
+        weight.stride(0),
+        out,
+        K=width,
+        BIAS=bias is not None,
+        DOT=dot_dtype(x.dtype),
+        BLOCK_T=power_of_2(rows, 16),
+        **launch,
+    )
+    return y
