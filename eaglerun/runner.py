@@ -17,8 +17,8 @@ from torch import Tensor
 
 from eaglerun.batch import DeviceState, StepBuffers, host_tensor
 from eaglerun.graphs import Graphs
-from eaglerun.kernels.reference.carry import store_carry
-from eaglerun.kernels.reference.draft_inputs import kv_slots_of, verify_inputs
+from eaglerun.kernels.carry import store_carry
+from eaglerun.kernels.draft_inputs import kv_slots_of, verify_inputs
 from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import AttentionBatch, DraftKV, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference.noise import TOKEN, gumbel
-from eaglerun.kernels.reference.vocab_argmax import vocab_argmax
+from eaglerun.kernels.noise import TOKEN, gumbel_argmax
+from eaglerun.kernels.vocab_argmax import vocab_argmax
 from eaglerun.messages import SamplingParams
 
 # Fixed widths of the per-slot lists, so that their tensors keep their addresses.
@@ -249,9 +249,8 @@ def draw(
     if logp is None:
         return best
     seeds = state.seed[slots][:, None].expand(B, Q).reshape(-1)
-    noise = gumbel(seeds, positions.reshape(-1), stream, V).view(B, Q, V)
-    sampled = vocab_argmax((logp + noise).view(-1, V)).view(B, Q)
-    return torch.where(state.temperature[slots][:, None] > 0, sampled, best)
+    sampled = gumbel_argmax(logp.view(-1, V), seeds, positions.reshape(-1), stream)
+    return torch.where(state.temperature[slots][:, None] > 0, sampled.view(B, Q), best)
 
 
 @dataclass(frozen=True, slots=True)

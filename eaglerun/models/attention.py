@@ -6,9 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference.attention_dense import attention_dense, attention_dense_ragged
-from eaglerun.kernels.reference.attention_sparse import attention_sparse, attention_sparse_ragged
-from eaglerun.kernels.reference.index_topk import index_topk, index_topk_ragged
+from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
+from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
+from eaglerun.kernels.index_topk import index_topk, index_topk_ragged
 from eaglerun.spec import DraftSpec, TargetSpec
 
 

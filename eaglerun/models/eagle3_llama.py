@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
+from eaglerun.kernels.kv_store import draft_kv_store
 from eaglerun.kernels.reference import wide
-from eaglerun.kernels.reference.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
-from eaglerun.kernels.reference.kv_store import draft_kv_store
-from eaglerun.kernels.reference.swiglu_oai import swiglu
+from eaglerun.kernels.swiglu_oai import swiglu
 from eaglerun.models.attention import AttentionBatch, DraftKV, dense_attention
 from eaglerun.models.layers import Embedding, Linear, Norm, Rope
 from eaglerun.spec import DraftSpec

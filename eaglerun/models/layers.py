@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eaglerun.kernels.reference.rmsnorm import (
+from eaglerun.kernels.linear import linear
+from eaglerun.kernels.reference.rope import rope_table
+from eaglerun.kernels.rmsnorm import (
     add_gemma_rmsnorm,
     add_rmsnorm,
     gemma_rmsnorm,
     rmsnorm,
 )
-from eaglerun.kernels.reference.rope import rope_table
 
 
 def empty_parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
@@ -34,12 +35,12 @@ class Linear(nn.Module):
         self.bias = empty_parameter(out_features, device=device, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Output columns start..stop alone; the other rows of the weight are not read."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return F.linear(x, self.weight[start:stop], bias)
+        return linear(x, self.weight[start:stop], bias)
 
 
 class Embedding(nn.Module):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from eaglerun.kernels.kv_store import kv_index_store, kv_store
 from eaglerun.kernels.reference import wide
-from eaglerun.kernels.reference.kv_store import kv_index_store, kv_store
 from eaglerun.models.attention import (
     AttentionBatch,
     TargetKV,

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from eaglerun.kernels.reference.moe_gemm import moe_gemm
-from eaglerun.kernels.reference.moe_route import moe_route
-from eaglerun.kernels.reference.swiglu_oai import swiglu_oai
+from eaglerun.kernels.moe_gemm import moe_gemm
+from eaglerun.kernels.moe_route import moe_route
+from eaglerun.kernels.swiglu_oai import swiglu_oai
 from eaglerun.models.layers import Linear, empty_parameter
 from eaglerun.spec import TargetSpec
 

@@ -8,9 +8,9 @@ tokens it made certain; attention, MLP and head run on the one row per sequence 
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference.draft_inputs import draft_inputs, kv_slots_of
-from eaglerun.kernels.reference.noise import DRAFT, TOKEN
-from eaglerun.kernels.reference.vocab_argmax import vocab_argmax
+from eaglerun.kernels.draft_inputs import draft_inputs, kv_slots_of
+from eaglerun.kernels.noise import DRAFT, TOKEN
+from eaglerun.kernels.vocab_argmax import vocab_argmax
 from eaglerun.models.attention import AttentionBatch, DraftKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.sampling import Features, SamplingState, draw, filtered

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from eaglerun.errors import ConfigError
-from eaglerun.kernels.reference.accept import accept
-from eaglerun.kernels.reference.noise import ACCEPT, RECOVER, SYNTHETIC, gumbel, uniform
-from eaglerun.kernels.reference.vocab_argmax import vocab_argmax
+from eaglerun.kernels.accept import accept
+from eaglerun.kernels.noise import ACCEPT, RECOVER, SYNTHETIC, gumbel_argmax, uniform
+from eaglerun.kernels.vocab_argmax import vocab_argmax
 from eaglerun.sampling import Features, SamplingState, adjust, draw, filtered
 
 
@@ -119,9 +119,8 @@ def _reject(
     else:
         q_draft = draft_probs.gather(2, drafts[:, :, None])[:, :, 0].to(p.dtype)
         rest = (p - draft_probs.to(p.dtype)).clamp(min=0)
-    noise = gumbel(seeds, at, RECOVER, V).view(B, K, V)
-    recovered = vocab_argmax((rest.log() + noise).view(-1, V)).view(B, K)
-    return u * q_draft < p_draft, recovered
+    recovered = gumbel_argmax(rest.log().view(-1, V), seeds, at, RECOVER)
+    return u * q_draft < p_draft, recovered.view(B, K)
 
 
 def _synthetic(
