@@ -26,7 +26,7 @@ SETTINGS = settings(
 @pytest.mark.parametrize("part", range(4))
 def test_float64(part: int) -> None:
     @seed(part)
-    @settings(SETTINGS, max_examples=64 * SCALE)
+    @settings(SETTINGS, max_examples=68 * SCALE)
     @given(schedules())
     def run(schedule: Schedule) -> None:
         counts.append(check_lossless(schedule, torch.float64))
