@@ -12,7 +12,7 @@ from eaglerun.server.engine_process import Served, run
 WARM_UP = Request(
     request_id="warm-up",
     prompt_ids=(0, 0),
-    sampling=SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True),
+    sampling=SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, seed=0),
     cache_salt="warm-up",
 )
 

@@ -242,6 +242,8 @@ class ProcessClient:
         """See EngineClient."""
         self._check(request)
         request_id = request.request_id
+        if not self._link.send(wire.Submit(request)):
+            raise EngineError(DIED)
         deadline = self._loop.call_later(self._limits.timeout_s, self._on_deadline, request_id)
         events = RequestEvents(request, self._loop.time(), self._abort, deadline)
         verdict: asyncio.Future[wire.Refused | None] = self._loop.create_future()
@@ -251,7 +253,6 @@ class ProcessClient:
         self._num_waiting_tokens += events.num_prompt_tokens
         self._idle.clear()
         try:
-            self._link.send(wire.Submit(request))
             refused = await verdict
         except BaseException:
             # Refused for waiting too long, dead, or no longer wanted by the caller.

@@ -52,7 +52,7 @@ def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
     configure_logging(config.server.log_level)
     if config.server.log_stats_interval:
         config = _without_second_log(config)
-    check_tls(config.server)
+    check_files(config.server)
     listener = bind(config.server)
     log.info("eaglerun %s with\n%s", __version__, config.to_toml())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -67,8 +67,10 @@ def _without_second_log(config: Config) -> Config:
     return dataclasses.replace(config, output=dataclasses.replace(config.output, log_stats_every=0))
 
 
-def check_tls(server: ServerConfig) -> None:
-    """ConfigError for certificate files that do not work."""
+def check_files(server: ServerConfig) -> None:
+    """ConfigError for a chat template that is not there and certificates that do not work."""
+    if server.chat_template is not None and not Path(server.chat_template).is_file():
+        raise ConfigError(f"chat_template = {server.chat_template}: there is no such file")
     if server.ssl_keyfile is not None and server.ssl_certfile is None:
         raise ConfigError(f"ssl_keyfile = {server.ssl_keyfile}: ssl_certfile is missing")
     if server.ssl_certfile is not None:
@@ -272,6 +274,10 @@ class _HttpProcess:
             if ended.done():
                 log.error("the engine process ended, code %d; so does the server", ended.result())
                 return DIED
-            return OK if self._stop.done() else DIED
+            if not self._stop.done():
+                # The HTTP server ended, which it does only in error.
+                http.result()
+                return DIED
+            return OK
         finally:
             self._monitoring.cancel()

@@ -31,7 +31,7 @@ from served import (
 
 from eaglerun.config import resolve
 from eaglerun.errors import ConfigError
-from eaglerun.server.serve import bind, check_tls
+from eaglerun.server.serve import bind, check_files
 
 ENDLESS = 1 << 29
 
@@ -291,7 +291,7 @@ def test_stopping_while_the_model_loads(checkpoint: Path, tmp_path: Path):
         assert server.wait_for_end() == 0
 
 
-def test_refusals_to_start_are_one_line(checkpoint: Path):
+def test_refusals_to_start_are_one_line(checkpoint: Path, tmp_path: Path):
     with started(checkpoint, engine="--refuse 'no such model here'") as server:
         assert server.wait_for_end() == 2
         assert server.log[-1] == "eaglerun: no such model here\n"
@@ -301,6 +301,9 @@ def test_refusals_to_start_are_one_line(checkpoint: Path):
     with started(checkpoint, "--host", "0.0.0.0") as server:
         assert server.wait_for_end() == 2
         assert "no api_key" in server.log[-1]
+    with started(tmp_path) as server:
+        assert server.wait_for_end() == 2
+        assert "the server needs a tokenizer" in server.log[-1]
 
 
 def test_what_can_be_listened_on():
@@ -320,10 +323,12 @@ def test_what_can_be_listened_on():
             listen(http_port=port)
 
 
-def test_certificates_that_do_not_work(tmp_path: Path):
+def test_files_that_do_not_work(tmp_path: Path):
     def check(**settings: object) -> None:
-        check_tls(resolve(settings, environ={}).server)
+        check_files(resolve(settings, environ={}).server)
 
+    with pytest.raises(ConfigError, match="chat_template = none.jinja: there is no such file"):
+        check(chat_template="none.jinja")
     with pytest.raises(ConfigError, match="ssl_certfile is missing"):
         check(ssl_keyfile="key.pem")
     with pytest.raises(ConfigError, match="ssl_certfile = .*none.pem: .*No such file"):
