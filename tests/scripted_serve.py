@@ -1,6 +1,6 @@
-"""The real command line and HTTP process around the scripted engine.
+"""The real command line and HTTP process around an engine of the tests.
 
-python tests/scripted_serve.py "FLAGS OF THE ENGINE" serve [flags of the server]
+python tests/scripted_serve.py "scripted_engine.py [flags of the engine]" serve [flags]
 """
 
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eaglerun.server.cli import main
 
-ENGINE = (sys.executable, str(Path(__file__).parent / "scripted_engine.py"))
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[2:], engine=[*ENGINE, *shlex.split(sys.argv[1])]))
+    script, *flags = shlex.split(sys.argv[1])
+    engine = [sys.executable, str(Path(__file__).parent / script), *flags]
+    sys.exit(main(sys.argv[2:], engine))

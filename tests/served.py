@@ -1,4 +1,4 @@
-"""A server process around the scripted engine, and a small HTTP client that sees every byte."""
+"""A server process around an engine of the tests, and a small HTTP client that sees every byte."""
 
 import asyncio
 import json
@@ -65,10 +65,16 @@ class Server:
 
 @contextmanager
 def started(
-    checkpoint: Path, *flags: str, engine: str = "", env: Mapping[str, str] | None = None
+    checkpoint: Path,
+    *flags: str,
+    engine: str = "",
+    script: str = "scripted_engine.py",
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """A server that starts; it is killed at the end if it still runs."""
-    command = [sys.executable, str(SCRIPT), f"--checkpoint {checkpoint} {engine}", "serve"]
+    """A server that starts, around ``script`` with the flags ``engine``; in the end it is killed
+    if it still runs."""
+    engine = f"{script} --checkpoint {checkpoint} {engine}"
+    command = [sys.executable, str(SCRIPT), engine, "serve"]
     process = subprocess.Popen(
         [*command, "--http-port", "0", *flags], stderr=subprocess.PIPE, text=True, env=env
     )

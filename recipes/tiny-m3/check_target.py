@@ -1,6 +1,6 @@
 """Loads a target into transformers' minimax_m3_vl text model and compares the logits with ours.
 
-    python recipes/tiny-m3/check_target.py configs/demo/target
+python recipes/tiny-m3/check_target.py configs/demo/target
 """
 
 import argparse

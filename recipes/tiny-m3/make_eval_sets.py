@@ -1,6 +1,6 @@
 """Writes the held-out problems that `eaglerun eval` asks.
 
-    python recipes/tiny-m3/make_eval_sets.py configs/demo/eval
+python recipes/tiny-m3/make_eval_sets.py configs/demo/eval
 """
 
 import argparse

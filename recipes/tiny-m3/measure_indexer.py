@@ -83,7 +83,7 @@ def main() -> None:
     items = evalsets.needles(args.prompts, 2, args.facts)
     right, length, sequences = speaker.needles(items, False, 80)
     print(f"{len(sequences)} needles of {length:.0f} tokens, right: {right:.2f}", flush=True)
-    table = torch.stack([measure(model, p, o) for p, o in sequences[:: 2]]).mean(0)
+    table = torch.stack([measure(model, p, o) for p, o in sequences[::2]]).mean(0)
     print("layer  selected  best  last   (share of full attention's mass)")
     for i, row in enumerate(table.tolist(), model.config.num_dense_layers):
         print(f"{i:5d}  " + "  ".join(f"{v:7.3f}" for v in row))

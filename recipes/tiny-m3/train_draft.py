@@ -274,9 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
     print(f"{len(prompts)} prompts, {time.monotonic() - begun:.0f} s", flush=True)
     torch.set_float32_matmul_precision("high")
-    short, long, stats = outputs.speak(
-        speaker, prompts, plan.max_new, args.seed, plan.row_lens
-    )
+    short, long, stats = outputs.speak(speaker, prompts, plan.max_new, args.seed, plan.row_lens)
     torch.set_float32_matmul_precision("highest")
     print(json.dumps(stats), short.ids.shape, long.ids.shape, f"{time.monotonic() - begun:.0f} s")
     taps = tuple(args.taps) if args.taps else None

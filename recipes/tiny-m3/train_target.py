@@ -98,8 +98,9 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor)
     return (losses * weights.flatten()).sum()
 
 
-def make_corpus(plan: Plan, seed: int, out: Path, workers: int) -> tuple[Tokenizer, corpus.Rows,
-                                                                         corpus.Rows]:
+def make_corpus(
+    plan: Plan, seed: int, out: Path, workers: int
+) -> tuple[Tokenizer, corpus.Rows, corpus.Rows]:
     """Vocabulary and packed rows; both depend on the seed alone."""
     start = time.monotonic()
     tokenizer = chat_format.build_tokenizer(

@@ -196,8 +196,10 @@ def test_tool_calls_round_trip(tokenizer):
 
 def test_nested_arguments_follow_the_syntax():
     call = {"name": "f", "arguments": {"a": [1, {"b": None}], "c": {"d": "x y"}, "e": True}}
-    messages = [{"role": "user", "content": "q"},
-                {"role": "assistant", "content": "Sure.", "tool_calls": [{"function": call}]}]
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "Sure.", "tool_calls": [{"function": call}]},
+    ]
     text = chat_format.render(messages).replace(chat_format.MARK, "#")
     assert text.endswith(
         '</mm:think>Sure.#<tool_call>\n#<invoke name="f">#<a>#<item>1#</item>#<item>#<b>null#</b>'

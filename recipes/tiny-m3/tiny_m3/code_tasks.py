@@ -111,8 +111,11 @@ TASKS = (
 )  # fmt: skip
 
 _FUNCTION_NAMES = ("solve", "compute", "run", "work", "f")
-_PARAMETERS = {"list": ("numbers", "items", "values"), "text": ("text", "word", "s"),
-               "number": ("n", "x", "number")}
+_PARAMETERS = {
+    "list": ("numbers", "items", "values"),
+    "text": ("text", "word", "s"),
+    "number": ("n", "x", "number"),
+}
 
 
 def _parameter(task: CodeTask, rng: random.Random) -> str:
@@ -132,13 +135,15 @@ def write_function(task: CodeTask, rng: random.Random) -> tuple[str, str, dict[s
         "k": rng.randint(*task.constants),
     }
     what = rng.choice(task.asks).format(**slots)
-    ask = rng.choice((
-        "Write a Python function that {what}.",
-        "Please write a function that {what}.",
-        "I need a Python function that {what}.",
-        "Show me Python code that {what}.",
-        "How do I write a Python function that {what}?",
-    )).format(what=what)
+    ask = rng.choice(
+        (
+            "Write a Python function that {what}.",
+            "Please write a function that {what}.",
+            "I need a Python function that {what}.",
+            "Show me Python code that {what}.",
+            "How do I write a Python function that {what}?",
+        )
+    ).format(what=what)
     if slots["f"] != task.name or rng.random() < 0.3:
         ask += f" Call it {slots['f']}."
     return ask, task.body.format(**slots), slots

@@ -98,11 +98,13 @@ class Packer:
             self.open.remove((used, row))
         else:
             used, row = 0, len(self.rows)
-            self.rows.append((
-                np.full(self.length, self.eos, np.uint16),
-                np.zeros(self.length, np.int16),
-                np.zeros(self.length, np.uint8),
-            ))
+            self.rows.append(
+                (
+                    np.full(self.length, self.eos, np.uint16),
+                    np.zeros(self.length, np.int16),
+                    np.zeros(self.length, np.uint8),
+                )
+            )
         start = _next_block(used)
         stop = start + len(ids)
         row_ids, row_positions, row_answer = self.rows[row]
@@ -118,9 +120,7 @@ class Packer:
         """The rows so far."""
         if not self.rows:
             empty = np.zeros((0, self.length))
-            return Rows(
-                empty.astype(np.uint16), empty.astype(np.int16), empty.astype(np.uint8)
-            )
+            return Rows(empty.astype(np.uint16), empty.astype(np.int16), empty.astype(np.uint8))
         return Rows(*(np.stack([r[i] for r in self.rows]) for i in range(3)))
 
 

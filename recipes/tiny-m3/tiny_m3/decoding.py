@@ -75,9 +75,7 @@ def _generate_batch(
                 break
             # Finished rows leave the batch: outputs differ widely in length.
             keep = (~done).nonzero()[:, 0]
-            rows, lengths, full, token, done = (
-                t[keep] for t in (rows, lengths, full, token, done)
-            )
+            rows, lengths, full, token, done = (t[keep] for t in (rows, lengths, full, token, done))
             caches = [LayerCache(c.k[keep], c.v[keep], c.index_k[keep]) for c in caches]
         used = _first(caches, longest + i + 1)
         hidden = model(token[:, None], (lengths + i)[:, None], full, caches=used)[0][:, 0]

@@ -108,9 +108,7 @@ class DraftLayer(nn.Module):
         scores = (grouped.flatten(2, 3) @ k0.transpose(-1, -2)).unflatten(2, (-1, num_rows))
         scores = scores.float().masked_fill(~visible[:, :, None], -torch.inf)
         # Pass i of a chain whose pass s sits on row r sat on row r - s + i.
-        diagonal = [
-            _shift(ki, len(earlier) - i) for i, (ki, _) in enumerate(passes) if i > 0
-        ]
+        diagonal = [_shift(ki, len(earlier) - i) for i, (ki, _) in enumerate(passes) if i > 0]
         columns = [(grouped * ki[:, :, None]).float().sum(-1, keepdim=True) for ki in diagonal]
         probs = (torch.cat([scores, *columns], -1) * c.head_dim**-0.5).softmax(-1).to(v.dtype)
         out = (probs[..., :num_rows].flatten(2, 3) @ v0).unflatten(2, (-1, num_rows))

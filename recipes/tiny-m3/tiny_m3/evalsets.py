@@ -71,9 +71,7 @@ def needles(
     for i in range(num_contexts):
         rng = random.Random(f"{EVAL_SEED}/needles/{num_facts}/{i}")
         text, all_questions = needle_prompt(rng, num_facts)
-        questions = [
-            q for j, q in enumerate(all_questions) if KINDS[j % len(KINDS)] in kinds
-        ]
+        questions = [q for j, q in enumerate(all_questions) if KINDS[j % len(KINDS)] in kinds]
         per_part = len(questions) // questions_each
         chosen = [rng.choice(questions[j * per_part : (j + 1) * per_part])
                   for j in range(questions_each)]  # fmt: skip

@@ -31,46 +31,143 @@ PEOPLE = tuple(
 
 NOUNS: dict[str, tuple[str, ...]] = {
     "fruit": (
-        "apples", "pears", "plums", "oranges", "lemons", "peaches", "bananas", "mangoes", "figs",
-        "cherries", "melons", "limes", "apricots", "strawberries",
+        "apples",
+        "pears",
+        "plums",
+        "oranges",
+        "lemons",
+        "peaches",
+        "bananas",
+        "mangoes",
+        "figs",
+        "cherries",
+        "melons",
+        "limes",
+        "apricots",
+        "strawberries",
     ),
     "bake": (
-        "muffins", "cookies", "pies", "rolls", "bagels", "cakes", "pretzels", "waffles", "tarts",
-        "donuts", "buns", "scones",
+        "muffins",
+        "cookies",
+        "pies",
+        "rolls",
+        "bagels",
+        "cakes",
+        "pretzels",
+        "waffles",
+        "tarts",
+        "donuts",
+        "buns",
+        "scones",
     ),
     "toy": (
-        "marbles", "stickers", "toy cars", "cards", "puzzles", "kites", "balloons", "beads",
-        "coins", "stamps", "shells", "robots", "dolls", "crayons",
+        "marbles",
+        "stickers",
+        "toy cars",
+        "cards",
+        "puzzles",
+        "kites",
+        "balloons",
+        "beads",
+        "coins",
+        "stamps",
+        "shells",
+        "robots",
+        "dolls",
+        "crayons",
     ),
     "animal": (
-        "sheep", "goats", "cows", "hens", "ducks", "rabbits", "horses", "pigs", "geese", "lambs",
-        "ponies", "bees",
+        "sheep",
+        "goats",
+        "cows",
+        "hens",
+        "ducks",
+        "rabbits",
+        "horses",
+        "pigs",
+        "geese",
+        "lambs",
+        "ponies",
+        "bees",
     ),
     "flower": (
-        "roses", "tulips", "lilies", "daisies", "sunflowers", "violets", "orchids", "poppies",
+        "roses",
+        "tulips",
+        "lilies",
+        "daisies",
+        "sunflowers",
+        "violets",
+        "orchids",
+        "poppies",
     ),
     "supply": (
-        "pencils", "pens", "erasers", "notebooks", "rulers", "markers", "folders", "brushes",
-        "paper clips", "envelopes",
+        "pencils",
+        "pens",
+        "erasers",
+        "notebooks",
+        "rulers",
+        "markers",
+        "folders",
+        "brushes",
+        "paper clips",
+        "envelopes",
     ),
     "tool": ("hammers", "nails", "screws", "ropes", "lamps", "bolts", "hooks", "buckets", "planks"),
     "wear": (
-        "shirts", "hats", "scarves", "socks", "gloves", "jackets", "caps", "belts", "sweaters",
+        "shirts",
+        "hats",
+        "scarves",
+        "socks",
+        "gloves",
+        "jackets",
+        "caps",
+        "belts",
+        "sweaters",
     ),
     "drink": ("juice", "milk", "water", "tea", "lemonade", "soup", "cocoa"),
     "box": ("boxes", "bags", "baskets", "crates", "jars", "packets", "shelves", "drawers"),
     "site": (
-        "park", "library", "museum", "market", "harbor", "school", "castle", "farm", "zoo",
-        "garden", "theater", "station", "beach", "forest",
+        "park",
+        "library",
+        "museum",
+        "market",
+        "harbor",
+        "school",
+        "castle",
+        "farm",
+        "zoo",
+        "garden",
+        "theater",
+        "station",
+        "beach",
+        "forest",
     ),
     "shop": ("bakery", "bookshop", "toy shop", "grocery", "flower shop", "corner shop", "kiosk"),
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     "color": (
-        "red", "blue", "green", "yellow", "white", "black", "purple", "orange", "pink", "silver",
-        "golden", "brown", "gray",
+        "red",
+        "blue",
+        "green",
+        "yellow",
+        "white",
+        "black",
+        "purple",
+        "orange",
+        "pink",
+        "silver",
+        "golden",
+        "brown",
+        "gray",
     ),
     "worker": (
-        "baker", "farmer", "gardener", "teacher", "tailor", "fisher", "carpenter", "painter",
+        "baker",
+        "farmer",
+        "gardener",
+        "teacher",
+        "tailor",
+        "fisher",
+        "carpenter",
+        "painter",
     ),
     "club": ("chess club", "book club", "music class", "swim team", "art class", "drama group"),
     "reading": ("books", "comics", "magazines", "letters", "stories", "poems"),
@@ -89,13 +186,17 @@ def choose_words(text: str, rng: random.Random) -> dict[str, str]:
     """
     slots = sorted({m.group(0)[1:-1] for m in _SLOT.finditer(text)})
     words: dict[str, str] = {}
-    people = sorted({s for s in slots if s.rstrip("0123456789") == "name"} | {
-        "name" + s[len(s.rstrip("0123456789")):]
-        for s in slots if s.rstrip("0123456789") in _PRONOUN
-    })
+    people = sorted(
+        {s for s in slots if s.rstrip("0123456789") == "name"}
+        | {
+            "name" + s[len(s.rstrip("0123456789")) :]
+            for s in slots
+            if s.rstrip("0123456789") in _PRONOUN
+        }
+    )
     for slot, (name, forms) in zip(people, rng.sample(PEOPLE, len(people)), strict=True):
         words[slot] = name
-        digits = slot[len("name"):]
+        digits = slot[len("name") :]
         for pronoun, column in _PRONOUN.items():
             words[pronoun + digits] = forms[column]
     by_list: dict[str, list[str]] = {}

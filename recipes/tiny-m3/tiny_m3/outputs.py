@@ -92,4 +92,3 @@ def speak(
         packers[0 if len(ids) <= row_lens[0] else 1].add(ids, answer)
     stats = {"sequences": len(sequences), "tokens": num_tokens, "unfinished": unfinished}
     return packers[0].pack(), packers[1].pack(), stats
-

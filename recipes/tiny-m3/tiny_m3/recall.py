@@ -45,10 +45,12 @@ def lookup_chat(rng: random.Random) -> dict[str, Any]:
     table = separator.join(f"{n}: {v}" for n, v in zip(names, values, strict=True))
     picks = rng.sample(range(num), min(num, rng.randint(1, 6)))
     wanted = ", ".join(names[i] for i in picks)
-    ask = rng.choice((
-        "{table}\n\nWhat is the {kind} of {wanted}?",
-        "Here is a list.\n{table}\n\nGive the {kind} of {wanted}.",
-        "Look up the {kind} of {wanted}.\n\n{table}",
-    )).format(table=table, kind=kind, wanted=wanted)
+    ask = rng.choice(
+        (
+            "{table}\n\nWhat is the {kind} of {wanted}?",
+            "Here is a list.\n{table}\n\nGive the {kind} of {wanted}.",
+            "Look up the {kind} of {wanted}.\n\n{table}",
+        )
+    ).format(table=table, kind=kind, wanted=wanted)
     answer = ", ".join(f"{names[i]}: {values[i]}" for i in picks)
     return _exchange(ask, f"I look for {wanted}.", answer, True)

@@ -158,9 +158,7 @@ def acceptance(
                 rounds += 1
                 row += n + 1
     accepted = sum(reached)
-    return Acceptance(
-        rounds, rounds * k, accepted, tuple(x / max(rounds, 1) for x in reached)
-    )
+    return Acceptance(rounds, rounds * k, accepted, tuple(x / max(rounds, 1) for x in reached))
 
 
 def _matches(

@@ -8,8 +8,26 @@ from tiny_m3.lexicon import NOUNS, PEOPLE
 from tiny_m3.world import TOWNS
 
 CITIES = (
-    "Paris", "London", "Berlin", "Rome", "Madrid", "Vienna", "Oslo", "Lisbon", "Prague", "Dublin",
-    "Athens", "Tokyo", "Cairo", "Lima", "Boston", "Chicago", "Sydney", "Toronto", "Delhi", "Seoul",
+    "Paris",
+    "London",
+    "Berlin",
+    "Rome",
+    "Madrid",
+    "Vienna",
+    "Oslo",
+    "Lisbon",
+    "Prague",
+    "Dublin",
+    "Athens",
+    "Tokyo",
+    "Cairo",
+    "Lima",
+    "Boston",
+    "Chicago",
+    "Sydney",
+    "Toronto",
+    "Delhi",
+    "Seoul",
     *(t["town"] for t in TOWNS),
 )
 JOBS = NOUNS["worker"] + ("doctor", "pilot", "nurse", "cook", "writer", "judge", "singer", "driver")
@@ -63,8 +81,11 @@ def _record(rng: random.Random) -> tuple[dict[str, Any], list[str]]:
             ("quantity", q := rng.randint(1, 500), f"The quantity is {q}."),
             ("price", p := rng.randint(1, 99), f"One costs {p} dollars."),
             ("color", c := rng.choice(NOUNS["color"]), f"The color should be {c}."),
-            ("express", e := rng.random() < 0.5, 
-             f"Express delivery is {'' if e else 'not '}wanted."),
+            (
+                "express",
+                e := rng.random() < 0.5,
+                f"Express delivery is {'' if e else 'not '}wanted.",
+            ),
             ("city", t := rng.choice(CITIES), f"Send it to {t}."),
         ]
     else:
@@ -99,11 +120,13 @@ def json_chat(rng: random.Random) -> dict[str, Any]:
     else:
         properties = {k: {"type": json_type(v)} for k, v in record.items()}
         schema = json.dumps({"type": "object", "properties": properties, "required": list(record)})
-    ask = rng.choice((
-        "Fill this schema from the text. Answer with JSON only.",
-        "Extract the data as JSON with this schema.",
-        "Turn the text into JSON. Follow the schema.",
-    ))
+    ask = rng.choice(
+        (
+            "Fill this schema from the text. Answer with JSON only.",
+            "Extract the data as JSON with this schema.",
+            "Turn the text into JSON. Follow the schema.",
+        )
+    )
     thought = f"The fields are {', '.join(record)}. I read the values from the text."
     return {
         "messages": [
@@ -127,8 +150,12 @@ def _calculation(rng: random.Random) -> tuple[str, str, int]:
     if op == "-" and y > x:
         x, y = y, x
     word = {"+": "plus", "-": "minus", "*": "times"}[op]
-    asks = (f"What is {x} {word} {y}?", f"Calculate {x} {op} {y}.", f"How much is {x} {word} {y}?",
-            f"Use the calculator for {x} {op} {y}.")
+    asks = (
+        f"What is {x} {word} {y}?",
+        f"Calculate {x} {op} {y}.",
+        f"How much is {x} {word} {y}?",
+        f"Use the calculator for {x} {op} {y}.",
+    )
     return rng.choice(asks), f"{x} {op} {y}", {"+": x + y, "-": x - y, "*": x * y}[op]
 
 
@@ -158,12 +185,21 @@ def tool_chat(rng: random.Random) -> dict[str, Any]:
     else:
         city, days = rng.choice(CITIES), rng.randint(2, 9)
         arguments = {"city": city}
-        ask = rng.choice((f"What is the weather in {city}?", f"How is the weather in {city} today?",
-                          f"Do I need an umbrella in {city}?"))
+        ask = rng.choice(
+            (
+                f"What is the weather in {city}?",
+                f"How is the weather in {city} today?",
+                f"Do I need an umbrella in {city}?",
+            )
+        )
         if rng.random() < 0.4:
             arguments["days"] = days
-            ask = rng.choice((f"What will the weather be in {city} for the next {days} days?",
-                              f"Give me the {days} day forecast for {city}."))
+            ask = rng.choice(
+                (
+                    f"What will the weather be in {city} for the next {days} days?",
+                    f"Give me the {days} day forecast for {city}.",
+                )
+            )
         sky, degrees = rng.choice(SKIES), rng.randint(-9, 38)
         thought = f"I need the weather of {city}."
         reply = json.dumps({"city": city, "sky": sky, "degrees": degrees})

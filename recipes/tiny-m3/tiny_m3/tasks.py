@@ -150,8 +150,18 @@ def long_needle_chat(rng: random.Random) -> Chat:
 
 def conversation(rng: random.Random, num_turns: int) -> Chat:
     """Several short exchanges in one chat; only the last turn keeps its reasoning."""
-    makers = (talk_chat, talk_chat, story_chat, word_chat, composed_chat, sum_chat, world_chat,
-              code_chat, spelling_chat, repeat_chat)
+    makers = (
+        talk_chat,
+        talk_chat,
+        story_chat,
+        word_chat,
+        composed_chat,
+        sum_chat,
+        world_chat,
+        code_chat,
+        spelling_chat,
+        repeat_chat,
+    )
     chats = [rng.choice(makers)(rng) for _ in range(num_turns)]
     messages = [m for chat in chats for m in chat["messages"]]
     return {**chats[-1], "messages": messages}

@@ -8,15 +8,50 @@ from tiny_m3.stories import LOOKS, THINGS
 
 _FIRST = "Bral Dun Mar Ost Vel Tor Hal Fen Gri Lun Sor Kel Win Ash Bor Cal Dor Eld Far Gol".split()
 _LAST = "mere ford holm wick dale ton burg haven field stead".split()
-RIVERS = ("Silla Orne Tavin Melda Brisk Loamy Quill Varda Neff Istra Palow Rhune Sable Tamsin "
-          "Ulmer Wend Yarrow Zelin Corri Dwin").split()
-CRAFTS = ("glass", "bells", "cheese", "boats", "honey", "carpets", "clocks", "salt", "silk",
-          "paper", "pottery", "swords", "apples", "candles", "wool", "violins")
-FEASTS = ("the Feast of Lanterns", "the Day of Kites", "the Boat Parade", "the Apple Fair",
-          "the Night of Bells", "the Snow Games", "the Bread Festival", "the Singing Week")
-LANDMARKS = ("a round tower", "a stone bridge", "a white lighthouse", "an old windmill",
-             "a great library", "a hanging garden", "a clock tower", "a salt mine",
-             "a glass hall", "a marble fountain")
+RIVERS = (
+    "Silla Orne Tavin Melda Brisk Loamy Quill Varda Neff Istra Palow Rhune Sable Tamsin "
+    "Ulmer Wend Yarrow Zelin Corri Dwin"
+).split()
+CRAFTS = (
+    "glass",
+    "bells",
+    "cheese",
+    "boats",
+    "honey",
+    "carpets",
+    "clocks",
+    "salt",
+    "silk",
+    "paper",
+    "pottery",
+    "swords",
+    "apples",
+    "candles",
+    "wool",
+    "violins",
+)
+FEASTS = (
+    "the Feast of Lanterns",
+    "the Day of Kites",
+    "the Boat Parade",
+    "the Apple Fair",
+    "the Night of Bells",
+    "the Snow Games",
+    "the Bread Festival",
+    "the Singing Week",
+)
+LANDMARKS = (
+    "a round tower",
+    "a stone bridge",
+    "a white lighthouse",
+    "an old windmill",
+    "a great library",
+    "a hanging garden",
+    "a clock tower",
+    "a salt mine",
+    "a glass hall",
+    "a marble fountain",
+)
 REGIONS = ("north", "south", "east", "west")
 
 
@@ -40,20 +75,41 @@ TOWNS = _towns()
 
 # (attribute, questions, sentence with the fact)
 FACTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("river", ("Which river runs through {town}?", "What is the river of {town} called?"),
-     "The river {river} runs through {town}."),
-    ("leader", ("Who is the mayor of {town}?", "Who leads {town}?"),
-     "The mayor of {town} is {leader}."),
-    ("craft", ("What is {town} known for?", "What do people make in {town}?"),
-     "{town} is known for its {craft}."),
-    ("feast", ("Which festival is held in {town}?", "What do people celebrate in {town}?"),
-     "People in {town} celebrate {feast}."),
-    ("landmark", ("What can you see in {town}?", "Which sight does {town} have?"),
-     "In {town} you can see {landmark}."),
-    ("region", ("In which part of the land does {town} lie?", "Where is {town}?"),
-     "{town} lies in the {region} of the land."),
-    ("year", ("When was {town} founded?", "In which year was {town} founded?"),
-     "{town} was founded in the year {year}."),
+    (
+        "river",
+        ("Which river runs through {town}?", "What is the river of {town} called?"),
+        "The river {river} runs through {town}.",
+    ),
+    (
+        "leader",
+        ("Who is the mayor of {town}?", "Who leads {town}?"),
+        "The mayor of {town} is {leader}.",
+    ),
+    (
+        "craft",
+        ("What is {town} known for?", "What do people make in {town}?"),
+        "{town} is known for its {craft}.",
+    ),
+    (
+        "feast",
+        ("Which festival is held in {town}?", "What do people celebrate in {town}?"),
+        "People in {town} celebrate {feast}.",
+    ),
+    (
+        "landmark",
+        ("What can you see in {town}?", "Which sight does {town} have?"),
+        "In {town} you can see {landmark}.",
+    ),
+    (
+        "region",
+        ("In which part of the land does {town} lie?", "Where is {town}?"),
+        "{town} lies in the {region} of the land.",
+    ),
+    (
+        "year",
+        ("When was {town} founded?", "In which year was {town} founded?"),
+        "{town} was founded in the year {year}.",
+    ),
 )
 
 
@@ -94,8 +150,16 @@ def _chat(ask: str, thought: str, answer: str) -> dict[str, Any]:
 
 # Needles: each sentence of the prompt says who did what with which thing where. Names and things
 # are unique inside a prompt, so each question has exactly one answer.
-VERBS = (("hid", "hide"), ("found", "find"), ("lost", "lose"), ("left", "leave"), ("sold", "sell"),
-         ("painted", "paint"), ("bought", "buy"), ("repaired", "repair"))
+VERBS = (
+    ("hid", "hide"),
+    ("found", "find"),
+    ("lost", "lose"),
+    ("left", "leave"),
+    ("sold", "sell"),
+    ("painted", "paint"),
+    ("bought", "buy"),
+    ("repaired", "repair"),
+)
 WHERE = tuple(
     f"{where} the {what}"
     for where in ("behind", "under", "near", "inside")
