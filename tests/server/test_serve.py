@@ -298,9 +298,6 @@ def test_refusals_to_start_are_one_line(checkpoint: Path, tmp_path: Path):
     with started(checkpoint, engine="--die") as server:
         assert server.wait_for_end() == 1
         assert server.log[-1] == "eaglerun: the engine process ended, code 9\n"
-    with started(checkpoint, "--host", "0.0.0.0") as server:
-        assert server.wait_for_end() == 2
-        assert "no api_key" in server.log[-1]
     with started(tmp_path) as server:
         assert server.wait_for_end() == 2
         assert "the server needs a tokenizer" in server.log[-1]
