@@ -349,10 +349,9 @@ def moe_gemm(
             (zero); returns [N, H]. E < 1024. N may be 0.
     Dtypes  x, w13, w2, shared alike: bf16, fp16 or fp32; products and sums in fp32; a and y round
             to x.dtype.
-    Error   2 ulp of x.dtype at the row's largest value: fp32 sums in another order. A row's bits
-            depend on the number of rows only through the tile that the launch table names for
-            it (BLOCK_K and the tensor core instruction), never on where it stands or who else
-            visits its experts.
+    Error   2 ulp of x.dtype at the row's largest value: fp32 sums in another order. Up to 8 pairs
+            an expert (N topk <= 8 E, the launch table's "few") a row's bits depend neither on
+            the number of rows nor on who else visits its experts.
     Raises  ValueError on another shape, stride or dtype.
     Source  MiniMaxM3VLExperts (transformers 5.23, models/minimax_m3_vl).
     """
