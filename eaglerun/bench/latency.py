@@ -94,7 +94,8 @@ def measure(
         )
     config = dataclasses.replace(config, scheduling=scheduling, speculation=speculation)
     engine = Engine(config, models)
-    run(engine, prompts, min(output_len, 32))  # warm: modules, caches, graphs
+    # Warm: modules, caches, and the graphs of every shape of the run, those of its end too.
+    run(engine, prompts, output_len)
     steps = _Steps(len(prompts))
     engine.observer = steps
     before = engine.stats.acceptance.stats()
