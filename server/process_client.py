@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 # How long an engine that was told to stop may take before it is killed.
 STOP_S = 5.0
-# Frames read before the streams get a turn to write.
-MAX_FRAMES = 32
 DIED = "the engine died"
 
 
@@ -190,7 +188,7 @@ class ProcessClient:
     async def _watch(self, process: Process) -> int:
         """Wait for the process to end, fail what is open then, and return its exit code."""
         code = await process.wait()
-        while self._take_reports():
+        while self._take_report():
             pass
         self._alive = False
         self._ready = None
@@ -294,26 +292,23 @@ class ProcessClient:
     # Reports
 
     def _read(self) -> None:
-        """Take what has come; after some of it, let the streams write before the rest."""
-        if self._alive and self._take_reports():
+        """Take a report that has come; the next only after the streams could write this one's."""
+        if self._alive and self._take_report():
             self._loop.call_soon(self._read)
 
-    def _take_reports(self) -> bool:
-        """Take up to MAX_FRAMES reports. Whether there may be more."""
-        for _ in range(MAX_FRAMES):
-            report = self._link.receive()
-            if report is None:
-                return False
-            match report:
-                case wire.Step():
-                    self._on_step(report)
-                case wire.Loading(stage):
-                    self._report(stage)
-                case wire.NotStarted(message):
-                    self._started.set_exception(ConfigError(message))
-                case wire.Ready():
-                    self._started.set_result(report)
-        return True
+    def _take_report(self) -> bool:
+        """Whether there was one."""
+        report = self._link.receive()
+        match report:
+            case wire.Step():
+                self._on_step(report)
+            case wire.Loading(stage):
+                self._report(stage)
+            case wire.NotStarted(message):
+                self._started.set_exception(ConfigError(message))
+            case wire.Ready():
+                self._started.set_result(report)
+        return report is not None
 
     def _on_step(self, step: wire.Step) -> None:
         now = self._last_step_s = self._loop.time()

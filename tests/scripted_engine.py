@@ -128,8 +128,9 @@ class ScriptedEngine:
         due = self._running if not self._rate else self._wait_for_due()
         for answer in (*due, *(a for a in self._waiting if a.aborted)):
             events += self._advance(answer)
-        self._running = [a for a in self._running if not self._is_done(a)]
-        self._waiting = deque(a for a in self._waiting if not a.aborted)
+        if any(type(event) is Finished for event in events):
+            self._running = [a for a in self._running if not self._is_done(a)]
+            self._waiting = deque(a for a in self._waiting if not a.aborted)
         return events
 
     def _wait_for_due(self) -> list[Answer]:
@@ -142,10 +143,11 @@ class ScriptedEngine:
                 # Multiples of the golden ratio spread any number of answers over the period.
                 answer.due_s = now + period * (0.618034 * self._num_begun % 1)
         answer = min(self._running, key=lambda a: a.due_s)
+        due = [a for a in self._running if a is answer or a.aborted]
         if answer.due_s > now:
             time.sleep(answer.due_s - now)
         answer.due_s += period
-        return [a for a in self._running if a is answer or a.aborted]
+        return due
 
     def close(self, message: str = "closed") -> list[Event]:
         ids = dict.fromkeys(a.request.request_id for a in (*self._waiting, *self._running))
@@ -165,14 +167,14 @@ class ScriptedEngine:
         if request.sampling.num_draft_tokens is not None:
             drafts = min(drafts, request.sampling.num_draft_tokens)
         accepted = min(self._num_accepted, drafts)
-        ids = [token_at(request.prompt_ids, index, done + i) for i in range(accepted + 1)]
+        ids = tuple([token_at(request.prompt_ids, index, done + i) for i in range(accepted + 1)])
         answer.num_tokens += len(ids)
         self.stats.emitted_tokens += len(ids)
         if drafts:
             answer.acceptance.add(drafts, accepted)
         self.stats.add_decode_row(len(request.prompt_ids) + done, drafts, accepted)
         text = str(time.perf_counter_ns()) if self._rate else letters(ids)
-        events: list[Event] = [Tokens(request.request_id, index, tuple(ids), text, accepted)]
+        events: list[Event] = [Tokens(request.request_id, index, ids, text, accepted)]
         if self._is_done(answer):
             events.append(self._finished(answer, FinishReason.LENGTH))
         return events
