@@ -30,7 +30,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _key(seed: Tensor, position: Tensor, stream: int) -> Tensor:
-    step = torch.tensor(stream + 1, device=seed.device) * _GOLDEN  # wraps, as the hash wants
+    step = (_GOLDEN * (stream + 1) + 2**63) % 2**64 - 2**63  # modulo 2**64, signed
     return _mix(_mix(seed + step) + _GOLDEN * (position + 1))
 
 
