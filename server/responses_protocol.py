@@ -5,24 +5,26 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from eaglerun.server.failures import refuse
-from eaglerun.server.protocol import (
+from eaglerun.server.fields import (
     Absent,
-    AssistantMessage,
     AtLeastOne,
+    NoEffort,
+    NotStrict,
+    Strict,
+    TextContent,
+    ToolName,
+    unsupported,
+)
+from eaglerun.server.protocol import (
+    AssistantMessage,
     CalledFunction,
     ChatFields,
     InstructionMessage,
     Message,
-    NoEffort,
-    NotStrict,
     ResponseFormat,
-    Strict,
-    TextContent,
     ToolCall,
     ToolMessage,
-    ToolName,
     UserMessage,
-    unsupported,
 )
 
 

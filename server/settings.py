@@ -70,7 +70,7 @@ class Settings:
     open_paths       need no key; "/health" and whatever static pages the caller adds
     cors_origins     origins whose pages may call us; "*": any
     template_kwargs  names a request may set in chat_template_kwargs
-    log_prompts      write prompts and answers' ids to the log
+    log_prompts      write prompts to the log, with the ids of their answers
     """
 
     model_names: tuple[str, ...]

@@ -202,25 +202,32 @@ class Merged:
 
     def __init__(self, several: Sequence[Events]) -> None:
         self._several = several
-        self._arrived: asyncio.Queue[Event | CapacityError | EngineError] = asyncio.Queue()
-        self._error: CapacityError | EngineError | None = None
+        # A request's task stands in the queue behind its last event.
+        self._arrived: asyncio.Queue[Event | asyncio.Task[None]] = asyncio.Queue()
+        self._ended: asyncio.Task[None] | None = None
         self._tasks = [asyncio.create_task(self._pump(events)) for events in several]
+        self._num_open = len(several)
 
     def __aiter__(self) -> "Merged":
         return self
 
     async def __anext__(self) -> Event:
-        arrived = self._error or await self._arrived.get()
-        if isinstance(arrived, Exception):
-            raise arrived
-        return arrived
+        while self._num_open:
+            arrived = self._ended or await self._arrived.get()
+            if not isinstance(arrived, asyncio.Task):
+                return arrived
+            self._ended = None
+            self._num_open -= 1
+            # Raises what that request's events raised.
+            await arrived
+        raise StopAsyncIteration
 
     def take_ready(self) -> list[Event]:
         ready: list[Event] = []
-        while self._error is None and not self._arrived.empty():
+        while self._ended is None and not self._arrived.empty():
             arrived = self._arrived.get_nowait()
-            if isinstance(arrived, Exception):
-                self._error = arrived
+            if isinstance(arrived, asyncio.Task):
+                self._ended = arrived
             else:
                 ready.append(arrived)
         return ready
@@ -233,8 +240,10 @@ class Merged:
             await events.aclose()
 
     async def _pump(self, events: Events) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             async for event in events:
                 self._arrived.put_nowait(event)
-        except (CapacityError, EngineError) as error:
-            self._arrived.put_nowait(error)
+        finally:
+            self._arrived.put_nowait(task)

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from fake_engine import FakeEngine, Reply, Script, call, make_app, post
+from fake_engine import FakeEngine, FakeEvents, Reply, Script, call, make_app, post
 
 from eaglerun.errors import CapacityError, EngineError
 from eaglerun.messages import Event, Request
@@ -75,15 +75,15 @@ def test_an_error_while_iterating(error, message, prompt):
         assert last["error"]["message"] == message
 
 
-def test_events_that_end_too_early():
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+def test_events_that_end_too_early(prompt):
     class Short(FakeEngine):
         async def submit(self, request: Request):
             events = await super().submit(request)
             events._events.pop()
             return events
 
-    app = make_app(Short())
-    reply = post(app, "/v1/chat/completions", CHAT | {"stream": True})
+    reply = post(make_app(Short()), "/v1/completions", {"prompt": prompt, "stream": True})
     assert reply.events()[-1]["error"]["message"] == "the engine is not running"
 
 
@@ -175,14 +175,19 @@ def test_many_streams_at_once_stay_apart():
     asyncio.run(run())
 
 
-def test_an_unknown_failure_says_nothing_of_itself():
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+def test_an_unknown_failure_says_nothing_of_itself(prompt):
+    class BrokenEvents(FakeEvents):
+        async def __anext__(self):
+            raise KeyError("/srv/secret")
+
     class Broken(FakeEngine):
         async def submit(self, request: Request):
-            raise KeyError("/srv/secret")
+            return BrokenEvents(self, request)
 
     reply = Reply(0, {}, [])
     with pytest.raises(KeyError):
-        post(make_app(Broken()), "/v1/chat/completions", CHAT, reply=reply)
+        post(make_app(Broken()), "/v1/completions", {"prompt": prompt}, reply=reply)
     assert reply.status == 500
     assert reply.error["message"].startswith("the server failed to answer")
     assert b"secret" not in reply.body
