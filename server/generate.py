@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from eaglerun.messages import Request, SamplingParams
@@ -146,7 +146,7 @@ async def completion(backend: Backend, body: CompletionRequest) -> Answer:
         backend.settings, n=_n(body.n), max_tokens=body.max_tokens, logprobs=body.logprobs
     )
     if body.echo and body.logprobs is not None:
-        sampling = _with_prompt_logprobs(sampling)
+        sampling = replace(sampling, prompt_logprobs=sampling.logprobs)
     prompts = await _tokenised(backend, body)
     id_ = f"cmpl-{new_id()}"
     options = CompletionOptions(
@@ -298,11 +298,6 @@ async def _tokenised(
         text = await chat.decode(prompt[:limit], True) if body.echo else ""
         found.append((text, prompt))
     return found
-
-
-def _with_prompt_logprobs(sampling: SamplingParams) -> SamplingParams:
-    values = {name: getattr(sampling, name) for name in SamplingParams.__dataclass_fields__}
-    return SamplingParams(**(values | {"prompt_logprobs": sampling.logprobs}))
 
 
 def _include_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:
