@@ -144,6 +144,9 @@ class ProcessClient:
         self._process: Process | None = None
         self._alive = False
         self._draining = False
+        # What open requests are told when the process ends; the last frames of one that was asked
+        # to stop may be lost with it.
+        self._end_message = DIED
         self._open: dict[str, RequestEvents] = {}
         self._verdicts: dict[str, asyncio.Future[wire.Refused | None]] = {}
         self._num_waiting = 0
@@ -200,7 +203,7 @@ class ProcessClient:
             if not verdict.done():
                 verdict.set_exception(EngineError(DIED))
         for request_id in list(self._open):
-            self._on_failed(Failed(request_id, DIED))
+            self._on_failed(Failed(request_id, self._end_message))
         return code
 
     @property
@@ -224,7 +227,8 @@ class ProcessClient:
         if self._process is None:
             return
         if self._alive and self._ready is not None:
-            self._link.send(wire.Stop("the server was shut down"))
+            self._end_message = "the server was shut down"
+            self._link.send(wire.Stop(self._end_message))
             try:
                 async with asyncio.timeout(STOP_S):
                     await asyncio.shield(self.ended)
