@@ -317,19 +317,25 @@ def noise(tmp_path: Path) -> Models:
     return random_draft(tmp_path)
 
 
-def decree(models: Models, k: int, num_steps: int, **settings: object) -> SpeculationStats:
-    """Counts of ``num_steps`` decode steps of 16 sequences, none of them cut short by an end."""
-    wide = {"max_num_seqs": 16, "max_num_batched_tokens": 400, "num_kv_blocks": 900}
+def decree(
+    models: Models, k: int, num_steps: int, num_seqs: int = 16, **settings: object
+) -> SpeculationStats:
+    """Counts of ``num_steps`` decode steps of all sequences, none of them cut short by an end."""
+    wide = {
+        "max_num_seqs": num_seqs,
+        "max_num_batched_tokens": 25 * num_seqs,
+        "num_kv_blocks": 60 * num_seqs,
+    }
     engine = make_engine(models, (k,), **wide | settings)
-    for i in range(16):
+    for i in range(num_seqs):
         sampling = SamplingParams(
             temperature=float(i % 2), seed=i, max_tokens=None, ignore_eos=True
         )
-        engine.submit(Request(str(i), (1 + i, 2, 3), sampling))
+        engine.submit(Request(str(i), (1 + i % 16, 2, 3), sampling))
     for _ in range(num_steps + 1):
         engine.step()
     stats = engine.stats.acceptance.stats()
-    assert stats.steps == 16 * num_steps and stats.drafted == k * stats.steps
+    assert stats.steps == num_seqs * num_steps and stats.drafted == k * stats.steps
     return stats
 
 
@@ -339,7 +345,7 @@ def decree(models: Models, k: int, num_steps: int, **settings: object) -> Specul
 def test_synthetic_length_is_met(noise: Models, length: float, k: int) -> None:
     """The measured AL is the wish within four standard errors; every step accepts floor(L - 1)
     drafts or one more; a whole length is met exactly."""
-    stats = decree(noise, k, 20 * SCALE if k < 4 else 20, synthetic_acceptance_length=length)
+    stats = decree(noise, k, 20, 16 * SCALE, synthetic_acceptance_length=length)
     whole = int(length - 1)
     part = length - 1 - whole
     error = np.sqrt(part * (1 - part) / stats.steps)
