@@ -17,10 +17,11 @@ from torch import Tensor
 
 from eaglerun.batch import DeviceState, StepBuffers, host_tensor
 from eaglerun.graphs import Graphs
+from eaglerun.kernels.accept import move_on, window
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_inputs import kv_slots_of, verify_inputs
 from eaglerun.messages import SamplingParams
-from eaglerun.models.attention import AttentionBatch, DraftKV, TargetKV
+from eaglerun.models.attention import AttentionBatch, DraftKV, TargetKV, uniform_rows
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.pending import (
@@ -199,24 +200,23 @@ class Runner:
         """Rows [last token, drafts] of each sequence through the target, aux captured."""
         state, buffers = self.state, self.buffers
         slots = buffers.slots[:B]
-        length = state.length[slots]
-        drafts = state.draft_tokens[slots, : Q - 1]
-        table = state.block_table[slots]
-        ids, positions, kv_slots, seq_lens = verify_inputs(
-            length,
-            state.last_token[slots],
-            drafts,
+        ids, positions, kv_slots, seq_lens, length, table = verify_inputs(
+            slots,
             buffers.num_drafts[:B],
-            table,
+            state.length,
+            state.last_token,
+            state.draft_tokens,
+            state.block_table,
             self.options.block_size,
             Q,
         )
+        seq_ids, cu_seqlens = uniform_rows(B, Q, self.device)
         batch = AttentionBatch(
             positions=positions.view(-1),
             kv_slots=kv_slots.view(-1),
-            seq_ids=torch.arange(B * Q, device=self.device) // Q,
+            seq_ids=seq_ids,
             block_tables=table,
-            cu_seqlens_q=torch.arange(0, B * Q + 1, Q, dtype=torch.int32, device=self.device),
+            cu_seqlens_q=cu_seqlens,
             seq_lens=seq_lens,
             max_q_len=Q,
             max_seq_len=max_seq_len,
@@ -225,6 +225,7 @@ class Runner:
         )
         hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, self.num_experts)
         logits = self.target.logits(hidden).view(B, Q, -1)
+        drafts = state.draft_tokens[slots, : Q - 1]
         return _Forward(logits, drafts, kv_slots.view(-1), positions, length, table)
 
     def _accept_move(self, forward: _Forward, features: Features) -> Tensor:
@@ -245,12 +246,18 @@ class Runner:
             self.synthetic,
             self._scripted(slots, forward.length, Q) if options.scripted_tokens else None,
         )
-        emitted, accepted = verified.emitted, verified.accepted
-        state.length[slots] = forward.length + (emitted >= 0).sum(dim=1)
-        state.last_token[slots] = emitted.gather(1, accepted[:, None])[:, 0].clamp(min=0)
-        state.sampling.add_tokens(slots, emitted, features.penalties)
-        buffers.emitted[:B, :Q] = emitted
-        buffers.accepted[:B] = accepted
+        move_on(
+            verified.emitted,
+            verified.accepted,
+            slots,
+            state.length,
+            state.last_token,
+            state.sampling.num_generated,
+            buffers.emitted,
+            buffers.accepted,
+        )
+        if features.penalties:
+            state.sampling.count_tokens(slots, verified.emitted)
         return verified.scored
 
     def _draft_move(
@@ -494,8 +501,7 @@ class Runner:
     def _scripted(self, slots: Tensor, start: Tensor, count: int) -> Tensor:
         """``count`` tokens of the script from position ``start`` [B] on: [B, count]."""
         assert self.state.script is not None
-        at = start[:, None] + torch.arange(count, device=self.device)
-        return self.state.script[slots[:, None], at.clamp(max=self.state.script.shape[1] - 1)]
+        return window(self.state.script, slots, start, count)
 
     def _features(self, slot_ids: list[int]) -> Features:
         params = [self.state.sampling.params[slot] for slot in slot_ids]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels.noise import TOKEN, gumbel_argmax
+from eaglerun.kernels.reference import wide
 from eaglerun.kernels.vocab_argmax import vocab_argmax
 from eaglerun.messages import SamplingParams
 
@@ -113,11 +114,14 @@ class SamplingState:
 
         Shapes  slots [B]; tokens [B, Q] int64, -1 where a row emitted none.
         """
-        real = tokens >= 0
-        self.num_generated.index_add_(0, slots, real.sum(dim=1))
+        self.num_generated.index_add_(0, slots, (tokens >= 0).sum(dim=1))
         if count:
-            flat = slots[:, None] * self.vocab_size + tokens.clamp(min=0)
-            self.output_counts.view(-1).scatter_add_(0, flat.view(-1), real.view(-1).int())
+            self.count_tokens(slots, tokens)
+
+    def count_tokens(self, slots: Tensor, tokens: Tensor) -> None:
+        """The part of add_tokens that penalties need."""
+        flat = slots[:, None] * self.vocab_size + tokens.clamp(min=0)
+        self.output_counts.view(-1).scatter_add_(0, flat.view(-1), (tokens >= 0).view(-1).int())
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +157,14 @@ def adjust(
       repetition  l / r if l > 0 else l * r, for tokens of the prompt or the output
       frequency   l - f * count;  presence  l - p * [count > 0], output tokens only
 
-    Shapes  logits [B, Q, V]; slots [B]; drafts [B, Q - 1] int64. Returns [B, Q, V], a new tensor
-            where anything changed.
+    Shapes  logits [B, Q, V]; slots [B]; drafts [B, Q - 1] int64. Returns [B, Q, V]: the very
+            logits where nobody asked for a change, else a new tensor of at least float32.
     Source  OpenAI's API reference (frequency, presence); Keskar et al. 2019, arXiv:1909.05858,
             section 4.1 (repetition, in the signed form of the Hugging Face library).
     """
     B, Q, V = logits.shape
+    if features.bias or features.penalties or features.min_tokens:
+        logits = wide(logits)
     if features.bias:
         ids, values = state.bias_ids[slots], state.bias_values[slots]
         bias = torch.zeros(B, V + 1, dtype=logits.dtype, device=logits.device)
@@ -204,8 +210,10 @@ def filtered(logits: Tensor, state: SamplingState, slots: Tensor, features: Feat
     whose probability reaches top_p. Among equals at a boundary the lower id stays. Filters work
     one after the other, each on the renormalised rest. Greedy rows are not filtered.
 
-    Shapes  logits [B, Q, V]; slots [B]; returns [B, Q, V], -inf where filtered out.
+    Shapes  logits [B, Q, V]; slots [B]; returns [B, Q, V] of at least float32, -inf where
+            filtered out.
     """
+    logits = wide(logits)
     temperature = state.temperature[slots].to(logits.dtype)[:, None, None]
     sampled = temperature > 0
     raw = logits
@@ -231,6 +239,12 @@ def filtered(logits: Tensor, state: SamplingState, slots: Tensor, features: Feat
     return torch.log_softmax(torch.where(sampled, logits, raw), dim=-1)
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The best token of each row, the lowest id among equals: [B, Q, V] -> [B, Q] int64."""
+    B, Q, V = logits.shape
+    return vocab_argmax(logits.view(-1, V)).view(B, Q)
+
+
 def draw(
     logits: Tensor,
     logp: Tensor | None,
@@ -244,10 +258,10 @@ def draw(
     Shapes  logits, logp [B, Q, V] (logp None: every row is greedy); slots [B]; positions [B, Q]
             int64, absolute, of the token to be drawn. Returns [B, Q] int64.
     """
-    B, Q, V = logits.shape
-    best = vocab_argmax(logits.view(-1, V)).view(B, Q)
+    best = greedy(logits)
     if logp is None:
         return best
+    B, Q, V = logits.shape
     seeds = state.seed[slots][:, None].expand(B, Q).reshape(-1)
     sampled = gumbel_argmax(logp.view(-1, V), seeds, positions.reshape(-1), stream)
     return torch.where(state.temperature[slots][:, None] > 0, sampled.view(B, Q), best)
@@ -265,7 +279,7 @@ class LogprobRows:
 
 def logprobs_of(logits: Tensor, tokens: Tensor, count: int) -> LogprobRows:
     """log-softmax of ``logits`` [R, V] at ``tokens`` [R] (-1: anything) and its ``count`` best."""
-    logp = torch.log_softmax(logits, dim=-1)
+    logp = torch.log_softmax(wide(logits), dim=-1)
     chosen = logp.gather(1, tokens.clamp(min=0)[:, None])
     rank = (logp > chosen).sum(dim=1)
     top, top_ids = torch.topk(logp, count, dim=-1)

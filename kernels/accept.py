@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Which drafts of a verify stand, and what is emitted."""
+"""Which drafts of a verify stand, what is emitted, and what that makes of the state."""
 
 import torch
 from torch import Tensor
@@ -34,6 +34,49 @@ def _accept_kernel(
     kept = (j <= accepted) & (num_drafts >= 0)
     tl.store(emitted_ptr + b * (K + 1) + j, tl.where(kept, token, -1), mask=j <= K)
     tl.store(accepted_ptr + b, accepted.to(tl.int64))
+
+
+@jit
+def _move_on_kernel(
+    emitted_ptr,
+    accepted_ptr,
+    slots_ptr,
+    length_ptr,
+    last_token_ptr,
+    num_generated_ptr,
+    kept_emitted_ptr,
+    kept_accepted_ptr,
+    slots_step,
+    kept_row,
+    rows,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + b * slots_step)
+    accepted = tl.load(accepted_ptr + b)
+    j = tl.arange(0, BLOCK)
+    token = tl.load(emitted_ptr + b * rows + j, mask=j < rows, other=-1)
+    count = tl.sum((token >= 0).to(tl.int64), axis=0)
+    newest = tl.max(tl.where(j == accepted, token, -1), axis=0)
+    # Padding sequences share a slot, and all write what is there already.
+    tl.store(length_ptr + slot, tl.load(length_ptr + slot) + count)
+    tl.store(num_generated_ptr + slot, tl.load(num_generated_ptr + slot) + count)
+    tl.store(last_token_ptr + slot, tl.maximum(newest, 0))
+    tl.store(kept_emitted_ptr + b * kept_row + j, token, mask=j < rows)
+    tl.store(kept_accepted_ptr + b, accepted)
+
+
+@jit
+def _window_kernel(
+    source_ptr, slots_ptr, start_ptr, out_ptr, source_row, slots_step, width, count,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + b * slots_step)
+    j = tl.arange(0, BLOCK)
+    at = tl.minimum(tl.load(start_ptr + b) + j, width - 1)
+    found = tl.load(source_ptr + slot * source_row + at, mask=j < count)
+    tl.store(out_ptr + b * count + j, found, mask=j < count)
 
 
 @paired(reference.accept)
@@ -80,3 +123,104 @@ def accept(targets: Tensor, matches: Tensor, num_drafts: Tensor) -> tuple[Tensor
             **settings("one_warp", targets),
         )
     return emitted, accepted
+
+
+@paired(reference.move_on)
+def move_on(
+    emitted: Tensor,
+    accepted: Tensor,
+    slots: Tensor,
+    length: Tensor,
+    last_token: Tensor,
+    num_generated: Tensor,
+    kept_emitted: Tensor,
+    kept_accepted: Tensor,
+) -> None:
+    """What a verify emitted becomes the state of its sequences.
+
+    With n = the number of tokens >= 0 in emitted[b] and s = slots[b]: length[s] += n,
+    num_generated[s] += n, last_token[s] = max(emitted[b, accepted[b]], 0); emitted and accepted
+    are kept for the moves after.
+
+    Shapes  emitted [B, Q], accepted [B] contiguous, slots [B] of any stride; length, last_token,
+            num_generated [S]; kept_emitted [>= B, >= Q] of contiguous last dim, kept_accepted
+            [>= B]; all int64. Sequences that share a slot (padding) emit nothing. B may be 0.
+    Writes  the last five, in place.
+    Error   none.
+    Raises  ValueError on another shape, stride or dtype.
+    """
+    batch, rows = emitted.shape
+    state = (length, last_token, num_generated)
+    require(
+        emitted.is_contiguous()
+        and accepted.shape == slots.shape == (batch,)
+        and accepted.is_contiguous()
+        and all(t.ndim == 1 and t.is_contiguous() for t in (*state, kept_accepted))
+        and kept_emitted.shape[0] >= batch
+        and kept_emitted.shape[1] >= rows
+        and kept_emitted.stride(1) == 1
+        and kept_accepted.shape[0] >= batch
+        and all(
+            t.dtype == torch.int64
+            for t in (emitted, accepted, slots, *state, kept_emitted, kept_accepted)
+        ),
+        "move_on",
+        emitted=emitted,
+        accepted=accepted,
+        slots=slots,
+        kept_emitted=kept_emitted,
+        kept_accepted=kept_accepted,
+    )
+    if batch:
+        _move_on_kernel[(batch,)](
+            emitted,
+            accepted,
+            slots,
+            *state,
+            kept_emitted,
+            kept_accepted,
+            slots.stride(0),
+            kept_emitted.stride(0),
+            rows,
+            BLOCK=power_of_2(rows),
+            **settings("one_warp", emitted),
+        )
+
+
+@paired(reference.window)
+def window(source: Tensor, slots: Tensor, start: Tensor, count: int) -> Tensor:
+    """``count`` entries of each sequence's row of ``source`` from ``start`` on, the last one again
+    past the end: y[b, j] = source[slots[b], min(start[b] + j, L - 1)].
+
+    Shapes  source [S, L], last dim contiguous; slots [B] of any stride; start [B] contiguous,
+            not negative; all int64; returns [B, count] int64.
+    Error   none.
+    Raises  ValueError on another shape, stride or dtype.
+    """
+    batch = slots.shape[0]
+    require(
+        source.ndim == 2
+        and source.stride(1) == 1
+        and start.shape == (batch,)
+        and start.is_contiguous()
+        and all(t.dtype == torch.int64 for t in (source, slots, start)),
+        "window",
+        source=source,
+        slots=slots,
+        start=start,
+    )
+    out = torch.empty(batch, count, dtype=torch.int64, device=source.device)
+    if out.numel():
+        _window_kernel[(batch,)](
+            source,
+            slots,
+            start,
+            out,
+            source.stride(0),
+            slots.stride(0),
+            source.shape[1],
+            count,
+            BLOCK=power_of_2(count),
+            **settings("one_warp", source),
+        )
+    return out

@@ -32,37 +32,53 @@ def _kv_slots_kernel(
 
 @jit
 def _verify_inputs_kernel(
+    slots_ptr,
+    num_drafts_ptr,
     length_ptr,
     last_token_ptr,
     draft_tokens_ptr,
-    num_drafts_ptr,
     table_ptr,
     ids_ptr,
     positions_ptr,
-    slots_ptr,
+    kv_slots_ptr,
     seq_lens_ptr,
+    own_length_ptr,
+    own_table_ptr,
+    slots_step,
     num_drafts_step,
     draft_row,
     table_row,
+    table_width,
     block_size,
     rows,
     BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
+    """Program (b, 0): the rows of sequence b; (b, 1 + i): a piece of its block table."""
     b = tl.program_id(0).to(tl.int64)
-    length = tl.load(length_ptr + b)
-    num_drafts = tl.load(num_drafts_ptr + b * num_drafts_step)
-    j = tl.arange(0, BLOCK)
-    real = (j <= num_drafts) & (j < rows)
-    drafted = real & (j > 0)
-    ids = tl.load(draft_tokens_ptr + b * draft_row + j - 1, mask=drafted, other=0)
-    ids = tl.where(real & (j == 0), tl.load(last_token_ptr + b), ids)
-    positions = tl.where(real, length - 1 + j, -1)
-    at = b * rows + j
-    tl.store(ids_ptr + at, ids, mask=j < rows)
-    tl.store(positions_ptr + at, positions, mask=j < rows)
-    slots = _slots(positions, real, b, table_ptr, table_row, block_size)
-    tl.store(slots_ptr + at, slots, mask=j < rows)
-    tl.store(seq_lens_ptr + b, tl.where(num_drafts >= 0, length + num_drafts, 0).to(tl.int32))
+    slot = tl.load(slots_ptr + b * slots_step)
+    piece = tl.program_id(1) - 1
+    if piece >= 0:
+        m = piece * BLOCK_M + tl.arange(0, BLOCK_M)
+        block = tl.load(table_ptr + slot * table_row + m, mask=m < table_width)
+        tl.store(own_table_ptr + b * table_width + m, block, mask=m < table_width)
+    else:
+        length = tl.load(length_ptr + slot)
+        num_drafts = tl.load(num_drafts_ptr + b * num_drafts_step)
+        j = tl.arange(0, BLOCK)
+        real = (j <= num_drafts) & (j < rows)
+        drafted = real & (j > 0)
+        ids = tl.load(draft_tokens_ptr + slot * draft_row + j - 1, mask=drafted, other=0)
+        ids = tl.where(real & (j == 0), tl.load(last_token_ptr + slot), ids)
+        positions = tl.where(real, length - 1 + j, -1)
+        at = b * rows + j
+        tl.store(ids_ptr + at, ids, mask=j < rows)
+        tl.store(positions_ptr + at, positions, mask=j < rows)
+        kv_slots = _slots(positions, real, slot, table_ptr, table_row, block_size)
+        tl.store(kv_slots_ptr + at, kv_slots, mask=j < rows)
+        seq_len = tl.where(num_drafts >= 0, length + num_drafts, 0)
+        tl.store(seq_lens_ptr + b, seq_len.to(tl.int32))
+        tl.store(own_length_ptr + b, length)
 
 
 @jit
@@ -125,60 +141,77 @@ def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tens
 
 @paired(reference.verify_inputs)
 def verify_inputs(
+    slots: Tensor,
+    num_drafts: Tensor,
     length: Tensor,
     last_token: Tensor,
     draft_tokens: Tensor,
-    num_drafts: Tensor,
     block_table: Tensor,
     block_size: int,
     num_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows [last token, d1 .. dk] that the target runs for each sequence.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The rows [last token, d1 .. dk] that the target runs for each sequence, and its state.
 
     Row j stands at position length - 1 + j; it is a padding row where j > num_drafts. Keys that
     the rows see, once their own are written: length + num_drafts.
 
-    Shapes  length, last_token, num_drafts [B] int64 (num_drafts -1 on padding sequences, of any
-            stride);
-            draft_tokens [B, >= num_rows - 1] int64 and block_table [B, M] int32, last dims
-            contiguous. Returns token_ids, positions, kv_slots [B, num_rows] int64 and seq_lens
-            [B] int32. Padding rows: id 0, position -1, slot -1.
+    Shapes  slots, num_drafts [B] int64 of any stride (num_drafts -1 on padding sequences); by
+            slot: length, last_token [S] int64, draft_tokens [S, >= num_rows - 1] int64 and
+            block_table [S, M] int32, last dims contiguous. Returns token_ids, positions,
+            kv_slots [B, num_rows] int64, seq_lens [B] int32, and length [B] int64 and
+            block_table [B, M] of the slots. Padding rows: id 0, position -1, slot -1.
     Error   none.
     Raises  ValueError on another shape, stride or dtype.
     """
-    batch = length.shape[0]
-    rows = {"length": length, "last_token": last_token, "draft_tokens": draft_tokens}
-    _require("verify_inputs", block_table, batch, **rows)
+    batch, (places, width) = slots.shape[0], block_table.shape
+    _require(
+        "verify_inputs",
+        block_table,
+        places,
+        length=length,
+        last_token=last_token,
+        draft_tokens=draft_tokens,
+    )
     require(
         draft_tokens.shape[1] >= num_rows - 1
-        and num_drafts.shape == (batch,)
-        and num_drafts.dtype == torch.int64,
+        and slots.shape == num_drafts.shape == (batch,)
+        and slots.dtype == num_drafts.dtype == torch.int64,
         "verify_inputs",
+        slots=slots,
         draft_tokens=draft_tokens,
         num_drafts=num_drafts,
     )
     out = torch.empty(3, batch, num_rows, dtype=torch.int64, device=length.device)
     seq_lens = torch.empty(batch, dtype=torch.int32, device=length.device)
+    own_length = torch.empty(batch, dtype=torch.int64, device=length.device)
+    own_table = torch.empty(batch, width, dtype=torch.int32, device=length.device)
     if batch:
-        _verify_inputs_kernel[(batch,)](
+        block_m = min(power_of_2(width), 1024)
+        _verify_inputs_kernel[(batch, 1 + cdiv(width, block_m))](
+            slots,
+            num_drafts,
             length,
             last_token,
             draft_tokens,
-            num_drafts,
             block_table,
             out[0],
             out[1],
             out[2],
             seq_lens,
+            own_length,
+            own_table,
+            slots.stride(0),
             num_drafts.stride(0),
             draft_tokens.stride(0),
             block_table.stride(0),
+            width,
             block_size,
             num_rows,
             BLOCK=power_of_2(num_rows),
+            BLOCK_M=block_m,
             **settings("one_warp", length),
         )
-    return out[0], out[1], out[2], seq_lens
+    return out[0], out[1], out[2], seq_lens, own_length, own_table
 
 
 @paired(reference.draft_inputs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import Op
-from eaglerun.kernels.accept import accept
+from eaglerun.kernels.accept import accept, move_on, window
 from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
 from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
 from eaglerun.kernels.carry import store_carry
@@ -66,9 +66,12 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     yield linear, (new(64, HIDDEN), new(VOCAB, HIDDEN))
     yield store_carry, (x, ints(4), new(32, HIDDEN), BLOCK)
     yield accept, (ints(4, 4), new(4, 3, dtype=torch.bool), ints(4))
+    state = (ints(9), ints(9), ints(9))
+    yield move_on, (ints(4, 4), ints(4), ints(4), *state, ints(8, 8), ints(8))
+    yield window, (ints(9, 4096), ints(4), ints(4), 4)
     table = ints(4, 64, dtype=torch.int32)
     yield kv_slots_of, (ints(4, 4), table, BLOCK)
-    yield verify_inputs, (ints(4), ints(4), ints(4, 7), ints(4, 3)[:, 1], table, BLOCK, 4)
+    yield verify_inputs, (ints(4), ints(4), ints(4), ints(4), ints(4, 7), table, BLOCK, 4)
     yield draft_inputs, (ints(4), 1, ints(4, 3)[:, 2], table, BLOCK)
     yield vocab_argmax, (new(4, VOCAB),)
     yield vocab_argmax, (new(4, VOCAB, dtype=torch.float32),)

@@ -221,7 +221,8 @@ def rowwise_cases() -> Iterator[Case]:
     table = torch.randint(0, 64, (64, 64), dtype=torch.int32, device=DEVICE)
     length = torch.randint(1, 8000, (64,), device=DEVICE)
     drafts, k = torch.randint(0, 9, (64, 3), device=DEVICE), torch.full((64,), 3, device=DEVICE)
-    inputs = [(length, length, drafts, k, table, PAGE, 4)]
+    slots = torch.randperm(64, device=DEVICE)
+    inputs = [(slots, k, length, length, drafts, table, PAGE, 4)]
     yield Case("verify_inputs b=64", verify_inputs, inputs, 64 * 200, tolerance=0)
     yield Case("draft_inputs b=64", draft_inputs, [(length, 1, k, table, PAGE)], 64 * 60, 0, 0)
     matches = torch.rand(64, 3, device=DEVICE) < 0.7

@@ -1,5 +1,6 @@
 """What attention needs of a forward (AttentionBatch) and of memory (TargetKV, DraftKV)."""
 
+import functools
 from dataclasses import dataclass
 from typing import Self
 
@@ -41,6 +42,14 @@ class AttentionBatch:
     max_seq_len: int
     uniform: bool
     q_lens: tuple[int, ...]
+
+
+@functools.cache
+def uniform_rows(batch: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """seq_ids and cu_seqlens_q of ``rows`` rows for each sequence: made once, for they are the
+    same at every step."""
+    ends = torch.arange(0, (batch + 1) * rows, rows, dtype=torch.int32, device=device)
+    return torch.arange(batch * rows, device=device) // rows, ends
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,9 +167,11 @@ class Eagle3Llama(nn.Module):
         return normed, normed if self.spec.norm_output else residual
 
     def logits(self, normed: Tensor) -> Tensor:
-        """normed [M, hidden] -> [M, draft_vocab] float32 (float64 in a float64 model), computed
-        in the model's dtype, times logit_scale."""
-        return wide(self.lm_head(normed)) * self.spec.logit_scale
+        """normed [M, hidden] -> [M, draft_vocab] in the model's dtype; times logit_scale, where
+        that is not 1, in float32 (float64 in a float64 model)."""
+        logits: Tensor = self.lm_head(normed)
+        scale = self.spec.logit_scale
+        return logits if scale == 1.0 else wide(logits) * scale
 
     def to_target_ids(self, ids: Tensor) -> Tensor:
         """Draft vocabulary ids as the target's: id + d2t[id]."""

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from eaglerun.kernels.kv_store import kv_index_store, kv_store
-from eaglerun.kernels.reference import wide
 from eaglerun.models.attention import (
     AttentionBatch,
     TargetKV,
@@ -218,9 +217,10 @@ class MiniMaxM3(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [M, hidden] -> [M, vocab] float32 (float64 in a float64 model), computed in the
-        model's dtype."""
-        return wide(self.lm_head(hidden))
+        """hidden [M, hidden] -> [M, vocab] in the model's dtype: a greedy choice reads no more,
+        and what computes with them widens them first."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
 
     def _tap(self, layer: int, residual: Tensor, aux: Tensor | None) -> None:
         if aux is not None and layer in self.taps:

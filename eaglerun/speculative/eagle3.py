@@ -11,7 +11,7 @@ from torch import Tensor
 from eaglerun.kernels.draft_inputs import draft_inputs, kv_slots_of
 from eaglerun.kernels.noise import DRAFT, TOKEN
 from eaglerun.kernels.vocab_argmax import vocab_argmax
-from eaglerun.models.attention import AttentionBatch, DraftKV
+from eaglerun.models.attention import AttentionBatch, DraftKV, uniform_rows
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.sampling import Features, SamplingState, draw, filtered
 
@@ -81,8 +81,7 @@ def propose(
             [B, num_passes, vocab_size] where ``sampler`` drew them.
     """
     B = tokens.shape[0]
-    seq_ids = torch.arange(B, device=tokens.device)
-    cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=tokens.device)
+    seq_ids, cu_seqlens = uniform_rows(B, 1, tokens.device)
     drafts, probs = [], []
     for s in range(num_passes):
         positions, slots, seq_lens = draft_inputs(position, s, num_propose, block_table, block_size)
@@ -104,9 +103,9 @@ def propose(
             tokens = draft.to_target_ids(vocab_argmax(logits))
         else:
             if draft.d2t is not None:
-                wide = logits.new_full((B, vocab_size), -torch.inf)
+                whole = logits.new_full((B, vocab_size), -torch.inf)
                 ids = torch.arange(logits.shape[1], device=logits.device)
-                logits = wide.index_copy(1, draft.to_target_ids(ids), logits)
+                logits = whole.index_copy(1, draft.to_target_ids(ids), logits)
             tokens, drawn_from = sampler(logits, position + s + 1)
             probs.append(drawn_from)
         drafts.append(tokens)

@@ -15,8 +15,7 @@ from torch import Tensor
 from eaglerun.errors import ConfigError
 from eaglerun.kernels.accept import accept
 from eaglerun.kernels.noise import ACCEPT, RECOVER, SYNTHETIC, gumbel_argmax, uniform
-from eaglerun.kernels.vocab_argmax import vocab_argmax
-from eaglerun.sampling import Features, SamplingState, adjust, draw, filtered
+from eaglerun.sampling import Features, SamplingState, adjust, draw, filtered, greedy
 
 
 def synthetic_rates(length: float, num_draft_tokens: int) -> tuple[float, ...]:
@@ -68,15 +67,19 @@ def verify(
             script [B, K + 1] int64, tokens that take the place of the target's choices.
     """
     B, Q, V = logits.shape
-    positions = length[:, None] + torch.arange(Q, device=logits.device)
     logits = adjust(logits, state, slots, drafts, features)
     logp = filtered(logits, state, slots, features) if features.sampled else None
     scored = logits if logp is None else logp
-    if synthetic is not None:
+    if synthetic is None and logp is None:
+        targets = greedy(logits)
+        matches = (targets if script is None else script)[:, :-1] == drafts
+    elif synthetic is not None:
+        positions = length[:, None] + torch.arange(Q, device=logits.device)
         targets, matches = _synthetic(logits, drafts, positions, slots, state, synthetic)
     else:
+        positions = length[:, None] + torch.arange(Q, device=logits.device)
         targets = draw(logits, logp, state, slots, positions)
-        matches = targets[:, :-1] == drafts if script is None else script[:, :-1] == drafts
+        matches = (targets if script is None else script)[:, :-1] == drafts
         if rejection and logp is not None and Q > 1:
             stands, recovered = _reject(logp, drafts, draft_probs, positions, slots, state)
             sampled = (state.temperature[slots] > 0)[:, None]
@@ -132,9 +135,8 @@ def _synthetic(
     rates: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Accept draft j with probability rates[j] whatever the target says; else its argmax."""
-    B, Q, V = logits.shape
-    best = vocab_argmax(logits.view(-1, V)).view(B, Q)
-    K = Q - 1
+    best = greedy(logits)
+    B, K = drafts.shape
     seeds = state.seed[slots][:, None].expand(B, K).reshape(-1)
     u = uniform(seeds, positions[:, :-1].reshape(-1), SYNTHETIC).view(B, K)
     matches = u < rates[:K]

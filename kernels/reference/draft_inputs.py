@@ -17,31 +17,34 @@ def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tens
 
 
 def verify_inputs(
+    slots: Tensor,
+    num_drafts: Tensor,
     length: Tensor,
     last_token: Tensor,
     draft_tokens: Tensor,
-    num_drafts: Tensor,
     block_table: Tensor,
     block_size: int,
     num_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows [last token, d1 .. dk] that the target runs for each sequence.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The rows [last token, d1 .. dk] that the target runs for each sequence, and its state.
 
     Row j stands at position length - 1 + j; it is a padding row where j > num_drafts. Keys that
     the rows see, once their own are written: length + num_drafts.
 
-    Shapes  length, last_token, num_drafts [B] int64 (num_drafts -1 on padding sequences);
-            draft_tokens [B, >= num_rows - 1]; block_table [B, M] int32. Returns token_ids,
-            positions, kv_slots [B, num_rows] int64 and seq_lens [B] int32. Padding rows: id 0,
-            position -1, slot -1.
+    Shapes  slots, num_drafts [B] int64 (num_drafts -1 on padding sequences); by slot: length,
+            last_token [S] int64, draft_tokens [S, >= num_rows - 1], block_table [S, M] int32.
+            Returns token_ids, positions, kv_slots [B, num_rows] int64, seq_lens [B] int32, and
+            length [B] and block_table [B, M] of the slots. Padding rows: id 0, position -1,
+            slot -1.
     """
+    length, table = length[slots], block_table[slots]
     row = torch.arange(num_rows, device=length.device)
     real = row <= num_drafts[:, None]
-    ids = torch.cat([last_token[:, None], draft_tokens[:, : num_rows - 1]], dim=1)
-    ids = torch.where(real, ids, 0)
+    drafts = draft_tokens[slots, : num_rows - 1]
+    ids = torch.where(real, torch.cat([last_token[slots][:, None], drafts], dim=1), 0)
     positions = torch.where(real, length[:, None] - 1 + row, -1)
-    seq_lens = torch.where(num_drafts >= 0, length + num_drafts, 0)
-    return ids, positions, kv_slots_of(positions, block_table, block_size), seq_lens.int()
+    seq_lens = torch.where(num_drafts >= 0, length + num_drafts, 0).int()
+    return ids, positions, kv_slots_of(positions, table, block_size), seq_lens, length, table
 
 
 def draft_inputs(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from compare import compare
 
-from eaglerun.kernels.accept import accept
+from eaglerun.kernels.accept import accept, move_on, window
 
 
 @pytest.mark.parametrize("batch, k", [(0, 3), (1, 0), (1, 1), (33, 3), (17, 7)])
@@ -19,6 +19,27 @@ def test_known_rows(device):
     emitted, accepted = accept.kernel(targets, matches, torch.tensor([3, 3], device=device))
     assert emitted.tolist() == [[5, 8, -1, -1], [5, 7, 9, 4]]
     assert accepted.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("batch, rows", [(0, 1), (1, 1), (17, 4)])
+def test_move_on(batch, rows, device):
+    """The last two of many sequences are padding: they share a slot and emit nothing."""
+    slots = torch.randperm(batch + 3, device=device)[:batch]
+    accepted = torch.randint(0, rows, (batch,), device=device)
+    emitted = torch.randint(0, 99, (batch, rows), device=device)
+    emitted[torch.arange(rows, device=device) > accepted[:, None]] = -1
+    if batch > 2:
+        slots[-2], emitted[-2:], accepted[-2:] = slots[-1], -1, 0
+    state = [torch.randint(1, 50, (batch + 3,), device=device) for _ in range(3)]
+    kept = torch.full((batch + 4, rows + 2), 7, device=device)
+    compare(move_on, emitted, accepted, slots, *state, kept, kept[:, 0].clone())
+
+
+@pytest.mark.parametrize("batch, count", [(0, 2), (1, 1), (5, 4)])
+def test_window(batch, count, device):
+    source = torch.randint(0, 99, (6, 20), device=device)[:, :11]
+    slots = torch.randint(0, 6, (batch, 2), device=device)[:, 1]
+    compare(window, source, slots, torch.randint(0, 14, (batch,), device=device), count)
 
 
 def test_raises(device):

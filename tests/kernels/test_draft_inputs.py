@@ -22,11 +22,23 @@ def test_known_slot(device):
 
 @pytest.mark.parametrize("batch, rows", [(0, 4), (1, 1), (7, 4), (33, 8)])
 def test_verify_inputs(batch, rows, device):
-    length = torch.randint(1, 20, (batch,), device=device)
-    last = torch.randint(0, 99, (batch,), device=device)
-    drafts = torch.randint(0, 99, (batch, 9), device=device)[:, : rows + 1]
+    places = batch + 3
+    slots = torch.randperm(places, device=device)[:batch]
+    length = torch.randint(1, 20, (places,), device=device)
+    last = torch.randint(0, 99, (places,), device=device)
+    drafts = torch.randint(0, 99, (places, 9), device=device)[:, : rows + 1]
     num_drafts = torch.randint(-1, rows, (batch, 3), device=device)[:, 1]
-    compare(verify_inputs, length, last, drafts, num_drafts, table(batch, device), 4, rows)
+    by_slot = (length, last, drafts, table(places, device))
+    compare(verify_inputs, slots, num_drafts, *by_slot, 4, rows)
+
+
+def test_a_long_table_is_taken_whole(device):
+    long = torch.arange(2 * 1100, dtype=torch.int32, device=device).view(2, 1100)
+    slots, one = (
+        torch.tensor([1, 0], device=device),
+        torch.ones(2, dtype=torch.int64, device=device),
+    )
+    compare(verify_inputs, slots, one - 1, one, one, one[:, None], long, 4, 1)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 33])
