@@ -1,10 +1,14 @@
 """What the two models take: parameters and bytes by component, KV bytes by token and block.
 
-Arithmetic on the specs alone, so that it is known before anything is loaded or allocated.
+Arithmetic on the specs alone, so that it is known before anything is loaded or allocated; and
+from what a device then turns out to hold, how many KV blocks are left for it.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eaglerun.errors import CapacityError
 from eaglerun.spec import DraftSpec, TargetSpec
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -137,6 +141,113 @@ def kv_budget(
         draft_bytes=2 * draft.num_key_value_heads * draft.head_dim * size if draft else 0,
         carry_bytes=draft.hidden_size * size if draft else 0,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What a device holds besides KV blocks, in bytes. None: not measured yet, taken as nothing.
+
+    total        the device's memory, of which the share ``utilization`` may be in use
+    other        other processes, the driver's context, the code of kernels
+    weights      both models
+    state        what each slot remembers, and the buffers that steps hand on
+    activations  at most in use at once by a step: the widest prefill, the fullest decode batch
+    graphs       what captured decode steps keep
+    """
+
+    total: int
+    utilization: float
+    other: int
+    weights: int
+    state: int | None = None
+    activations: int | None = None
+    graphs: int | None = None
+
+    @property
+    def limit(self) -> int:
+        return int(self.total * self.utilization)
+
+    @property
+    def left(self) -> int:
+        """For KV blocks; negative where even the rest does not fit."""
+        known = (self.other, self.weights, self.state, self.activations, self.graphs)
+        return self.limit - sum(n or 0 for n in known)
+
+    def rows(self) -> list[tuple[str, int]]:
+        """The measured parts, by name."""
+        parts = (
+            ("other processes, driver", self.other),
+            ("weights", self.weights),
+            ("state of the slots", self.state),
+            ("activations", self.activations),
+            ("graphs", self.graphs),
+        )
+        return [(name, n) for name, n in parts if n is not None]
+
+
+def size_kv(
+    use: MemoryUse,
+    kv: KVBudget,
+    max_model_len: int | None,
+    narrower: KVBudget | None = None,
+) -> int:
+    """How many KV blocks the device has room for.
+
+    max_model_len  the longest sequence, which must fit alone; None: whatever fits will do
+    narrower       the same cache in the narrowest dtype, to advise it; None: it is that already
+
+    Raises  CapacityError with the whole budget and what to change.
+    """
+    blocks = kv.num_blocks(use.left)
+    length = max_model_len or 1
+    needed = -(-length // kv.block_size)
+    if blocks >= needed:
+        return blocks
+    kv_bytes = needed * kv.block_bytes
+    what = f"max_model_len = {max_model_len}" if max_model_len else "one KV block"
+    advice = []
+    if max_model_len and blocks:
+        advice.append(f"max_model_len: {blocks * kv.block_size} fits")
+    # Rounded up, so that what is advised is enough.
+    share = math.ceil((use.limit - use.left + kv_bytes) / use.total * 1000) / 1000
+    if share <= 1:
+        advice.append(f"gpu_memory_utilization: {share:.3f} fits")
+    if narrower is not None and narrower.block_bytes < kv.block_bytes:
+        least = gib(needed * narrower.block_bytes)
+        advice.append(f"kv_cache_dtype = fp8: one sequence then takes {least}")
+    wanted = ("one block" if max_model_len is None else f"one sequence of {length:,}", kv_bytes)
+    raise CapacityError(refusal(f"{what} does not fit the GPU:", use, advice, wanted))
+
+
+def refusal(
+    headline: str, use: MemoryUse, advice: Sequence[str], wanted: tuple[str, int] | None = None
+) -> str:
+    """Why a start is refused: the budget, what was ``wanted`` of what is left, what to change."""
+    lines = [headline, *format_use(use)]
+    if wanted is not None:
+        lines.append(f"  {wanted[0]:<26}{gib(wanted[1]):>16}")
+    advice = [*advice]
+    if use.state is None or use.activations is None:
+        advice.append("a GPU with more memory, or fewer processes on it")
+    else:
+        advice.append("max_num_batched_tokens, max_num_seqs: a step then needs less")
+    return "\n".join([*lines, "Change one or more of:", *(f"  {line}" for line in advice)])
+
+
+def format_use(use: MemoryUse) -> list[str]:
+    """The budget of a device, a line a part."""
+    share = f"{use.utilization:g} of {gib(use.total)}"
+    rows = [(share, use.limit), *((f"- {name}", n) for name, n in use.rows())]
+    return [f"  {name:<26}{gib(n):>16}" for name, n in (*rows, ("left for KV", use.left))]
+
+
+def graph_outputs(sizes: Sequence[int], rows: int, max_rows: int, row_bytes: int) -> int:
+    """Bytes that captured decode steps keep as their outputs: logits, which no graph gives back.
+
+    A graph of each batch size whose rows do not exceed ``max_rows``, for ``rows`` rows a sequence
+    of ``row_bytes`` logits.
+    """
+    return sum(n * rows * row_bytes for n in sizes if n * rows <= max_rows)
 
 
 def format_budget(

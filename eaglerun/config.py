@@ -21,6 +21,8 @@ from eaglerun.errors import ConfigError
 from eaglerun.messages import MAX_DRAFT_TOKENS
 
 ENV_PREFIX = "EAGLERUN_"
+# KV memory on the CPU, where nobody asks for another: enough for the demo pair.
+CPU_KV_GIB = 1.0
 
 
 def option(
@@ -145,8 +147,24 @@ class CacheConfig(Checked):
     num_kv_blocks: int | None = option(
         None, "KV blocks; none: as many as kv_cache_gib holds", low=1
     )
-    kv_cache_gib: float = option(1.0, "KV memory, GiB", low=0.001)
+    kv_cache_gib: float | None = option(
+        None,
+        "KV memory, GiB; none: what gpu_memory_utilization leaves on a GPU, 1 on the CPU",
+        low=0.001,
+    )
+    gpu_memory_utilization: float = option(
+        0.9,
+        "share of the GPU's memory that may be in use once started, other processes' included; "
+        "what the models and a step need is measured, the rest becomes KV blocks",
+        low=0.01,
+        high=1,
+    )
     enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt beginnings")
+
+    @property
+    def sized(self) -> bool:
+        """Whether the settings alone say how much KV memory there is."""
+        return self.num_kv_blocks is not None or self.kv_cache_gib is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,20 +5,21 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
-import torch
 from tokenizers import Tokenizer
 
 from eaglerun.blocks import BlockPool
-from eaglerun.config import Config
+from eaglerun.budget import KVBudget, MemoryUse, format_use, graph_outputs, size_kv
+from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import ConfigError, RequestError
-from eaglerun.loader import Models, load_models
+from eaglerun.loader import Models, kv_budget_of, load_models
+from eaglerun.memory import CudaMemory, DeviceMemory, measure, rehearsing, weights_of
 from eaglerun.messages import Event, Request
-from eaglerun.models.attention import DraftKV, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.pending import AuxRows, PendingStep
-from eaglerun.runner import Runner, RunnerOptions
+from eaglerun.runner import MAX_CAPTURED_ROWS, Runner, RunnerOptions
 from eaglerun.sampling import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from eaglerun.scheduler import Scheduler, SchedulerLimits
 from eaglerun.sequence import Sequence
@@ -45,7 +46,14 @@ class Engine:
         config: Config,
         models: Models,
         policy: DraftLengthPolicy | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
+        """``memory`` is the device's, from which the KV blocks are sized; None: that of the GPU,
+        and on a CPU none.
+
+        Raises  ConfigError on settings that exclude one another, CapacityError where the GPU has
+        no room for them.
+        """
         target = models.target
         draft = models.draft if config.speculation.num_draft_tokens else None
         self.config = config
@@ -56,20 +64,22 @@ class Engine:
         self.num_draft_tokens = config.speculation.num_draft_tokens if draft else 0
         if config.output.return_aux_hidden_states and not target.taps:
             raise ConfigError("return_aux_hidden_states: no layer is tapped; name aux_layers")
-        block_size = config.cache.block_size or target.spec.sparse_block_size
-        num_blocks = config.cache.num_kv_blocks or _blocks_in(
-            config.cache.kv_cache_gib, target, draft, block_size
-        )
-        self.max_model_len = _max_model_len(config, target, num_blocks * block_size)
         scheduling = config.scheduling
-        rows = scheduling.max_num_seqs * (self.num_draft_tokens + 1)
-        on_gpu = target.embed_tokens.weight.device.type == "cuda"
-        sizes = scheduling.decode_batch_sizes
-        if on_gpu and not sizes:
-            sizes = tuple(n for n in CAPTURED_SIZES if n < scheduling.max_num_seqs)
-            sizes += (scheduling.max_num_seqs,)
-        widest = max(sizes, default=0) * (self.num_draft_tokens + 1)
-        self.pool = BlockPool(num_blocks, block_size)
+        device, dtype = target.embed_tokens.weight.device, target.embed_tokens.weight.dtype
+        on_gpu = device.type == "cuda"
+        if memory is None and on_gpu:
+            memory = CudaMemory(device)
+        draft_spec = None if draft is None else draft.spec
+        kv = kv_budget_of(config, target.spec, draft_spec, dtype)
+        options = self._runner_options(target, kv.block_size, on_gpu)
+        use = None
+        if memory is not None and not config.cache.sized:
+            use = _measured(config, memory, target, draft, options)
+            num_blocks = size_kv(use, kv, config.model.max_model_len)
+        else:
+            num_blocks = _num_blocks(config, kv)
+        self.max_model_len = _max_model_len(config, target, num_blocks * kv.block_size)
+        self.pool = BlockPool(num_blocks, kv.block_size)
         self.scheduler = Scheduler(
             SchedulerLimits(
                 max_num_seqs=scheduling.max_num_seqs,
@@ -85,29 +95,19 @@ class Engine:
             self.pool,
             policy or FixedDraftLength(self.num_draft_tokens),
         )
-        length = config.synthetic_length
         self.runner = Runner(
             target,
             draft,
-            RunnerOptions(
-                num_slots=scheduling.max_num_seqs,
+            replace(
+                options,
                 num_blocks=num_blocks,
-                block_size=block_size,
                 max_model_len=self.max_model_len,
-                max_rows=max(scheduling.max_num_batched_tokens, rows, widest),
-                num_draft_tokens=self.num_draft_tokens,
-                eos_token_ids=models.eos_token_ids,
-                rejection=config.speculation.verification == "rejection",
-                probabilistic_drafts=config.speculation.draft_sampling == "probabilistic",
-                synthetic=() if length is None else synthetic_rates(length, self.num_draft_tokens),
-                processed_logprobs=config.output.logprobs_mode == "processed",
-                decode_batch_sizes=sizes,
-                capture=not scheduling.enforce_eager,
-                scripted_drafts=config.speculation.scripted == "drafts",
-                scripted_tokens=config.speculation.scripted == "tokens",
-                keep_aux=config.output.return_aux_hidden_states,
+                graph_bytes=None if use is None else use.graphs,
             ),
         )
+        if use is not None:
+            lines = "\n".join(format_use(use))
+            log.info("memory:\n%s\n  %d blocks of %d", lines, num_blocks, kv.block_size)
         self._lag = int(on_gpu) if scheduling.lag is None else scheduling.lag
         self._pending: deque[PendingStep] = deque()
         self._arrivals = 0
@@ -118,6 +118,36 @@ class Engine:
         self.aux: dict[tuple[str, int], list[AuxRows]] = {}
         # Sees every committed step; for measurements.
         self.observer: Callable[[StepPlan, StepResult], None] | None = None
+
+    def _runner_options(self, target: MiniMaxM3, block_size: int, on_gpu: bool) -> RunnerOptions:
+        """As for the longest sequence that may be asked for and a single KV block."""
+        config, scheduling = self.config, self.config.scheduling
+        rows_per_seq = self.num_draft_tokens + 1
+        sizes = scheduling.decode_batch_sizes
+        if on_gpu and not sizes:
+            sizes = tuple(n for n in CAPTURED_SIZES if n < scheduling.max_num_seqs)
+            sizes += (scheduling.max_num_seqs,)
+        widest = max((scheduling.max_num_seqs, *sizes)) * rows_per_seq
+        length = config.synthetic_length
+        return RunnerOptions(
+            num_slots=scheduling.max_num_seqs,
+            num_blocks=1,
+            block_size=block_size,
+            max_model_len=_longest(config, target),
+            max_rows=max(scheduling.max_num_batched_tokens, widest),
+            num_draft_tokens=self.num_draft_tokens,
+            eos_token_ids=self.eos_token_ids,
+            rejection=config.speculation.verification == "rejection",
+            probabilistic_drafts=config.speculation.draft_sampling == "probabilistic",
+            synthetic=() if length is None else synthetic_rates(length, self.num_draft_tokens),
+            processed_logprobs=config.output.logprobs_mode == "processed",
+            decode_batch_sizes=sizes,
+            capture=not scheduling.enforce_eager,
+            graph_bytes=None,
+            scripted_drafts=config.speculation.scripted == "drafts",
+            scripted_tokens=config.speculation.scripted == "tokens",
+            keep_aux=config.output.return_aux_hidden_states,
+        )
 
     @classmethod
     def from_config(
@@ -266,32 +296,58 @@ def _wrap(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def _blocks_in(gib: float, target: MiniMaxM3, draft: Eagle3Llama | None, block_size: int) -> int:
-    """How many blocks of all KV memories fit ``gib``."""
-    meta = torch.device("meta")
-    dtype = target.embed_tokens.weight.dtype
-    regions = list(TargetKV.allocate(target.spec, 1, block_size, meta, dtype).regions())
-    carry = 0
-    if draft is not None:
-        regions += DraftKV.allocate(draft.spec, 1, block_size, meta, dtype).regions()
-        carry = draft.spec.hidden_size * dtype.itemsize
-    bytes_per_block = sum(region.bytes_per_block for region in regions) + carry
-    blocks = int(gib * 2**30) // bytes_per_block
+def _measured(
+    config: Config,
+    memory: DeviceMemory,
+    target: MiniMaxM3,
+    draft: Eagle3Llama | None,
+    options: RunnerOptions,
+) -> MemoryUse:
+    """What everything but the KV blocks takes, graphs as far as they are captured at all."""
+    spec, scheduling = target.spec, config.scheduling
+    outputs = 0
+    if options.capture and options.decode_batch_sizes:
+        # The target's logits and accept's, for each of the runner's bounds of a row's keys.
+        kept = 2 * (1 + (options.max_model_len > spec.sparse_topk_blocks * spec.sparse_block_size))
+        rows, logits = options.num_draft_tokens + 1, 4 * spec.vocab_size
+        outputs = kept * graph_outputs(options.decode_batch_sizes, rows, MAX_CAPTURED_ROWS, logits)
+    return measure(
+        memory,
+        config.cache.gpu_memory_utilization,
+        weights_of(target, draft),
+        lambda: Runner(target, draft, rehearsing(options)),
+        scheduling.max_num_batched_tokens,
+        scheduling.max_chunk_tokens or scheduling.max_num_batched_tokens,
+        outputs,
+    )
+
+
+def _num_blocks(config: Config, kv: KVBudget) -> int:
+    """KV blocks by the settings alone."""
+    cache = config.cache
+    if cache.num_kv_blocks is not None:
+        return cache.num_kv_blocks
+    size = cache.kv_cache_gib or CPU_KV_GIB
+    blocks = kv.num_blocks(int(size * 2**30))
     if blocks < 1:
-        raise ConfigError(f"kv_cache_gib = {gib}: one KV block needs {bytes_per_block} bytes")
+        raise ConfigError(f"kv_cache_gib = {size}: one KV block needs {kv.block_bytes} bytes")
     return blocks
+
+
+def _longest(config: Config, target: MiniMaxM3) -> int:
+    """The longest sequence that is asked for, or else that the checkpoint allows."""
+    wish, limit = config.model.max_model_len, target.spec.max_position_embeddings
+    if wish is not None and wish > limit:
+        raise ConfigError(f"max_model_len = {wish}: the checkpoint allows at most {limit}")
+    return wish or limit
 
 
 def _max_model_len(config: Config, target: MiniMaxM3, kv_tokens: int) -> int:
     """The longest sequence; one of that length must always fit the KV memory alone."""
-    wish, limit = config.model.max_model_len, target.spec.max_position_embeddings
-    if wish is None:
-        return min(limit, kv_tokens)
-    if wish > limit:
-        raise ConfigError(f"max_model_len = {wish}: the checkpoint allows at most {limit}")
-    if wish > kv_tokens:
+    wish = config.model.max_model_len
+    if wish is not None and wish > kv_tokens:
         raise ConfigError(
             f"max_model_len = {wish}: the KV memory holds {kv_tokens} tokens; lower max_model_len "
             "or raise num_kv_blocks or kv_cache_gib"
         )
-    return wish
+    return min(_longest(config, target), kv_tokens)

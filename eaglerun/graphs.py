@@ -23,6 +23,9 @@ class Graphs:
 
     ``blank`` replaces a step's inputs by padding for as long as it is entered: a move runs once
     before it is recorded, to load modules and fill caches, and that run must touch no sequence.
+
+    Once the captured moves hold ``max_bytes``, others run uncaptured; ``num_refused`` counts how
+    often. From then on nothing is captured, so that no graph reads what an uncaptured move made.
     """
 
     def __init__(
@@ -30,8 +33,12 @@ class Graphs:
         device: torch.device,
         enabled: bool,
         blank: Callable[[], AbstractContextManager[None]],
+        max_bytes: int | None,
     ) -> None:
         self.enabled = enabled and device.type == "cuda"
+        self.num_bytes = 0
+        self.num_refused = 0
+        self.max_bytes = max_bytes
         self._blank = blank
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         # An opaque handle, made at the first capture.
@@ -49,6 +56,17 @@ class Graphs:
             return move()
         found = self._captured.get(key)
         if found is None:
+            if self.max_bytes is not None and self.num_bytes >= self.max_bytes:
+                if not self.num_refused:
+                    log.warning(
+                        "%d graphs hold %.2f GiB, all that was set aside: %s and what else comes "
+                        "runs uncaptured, slower",
+                        len(self),
+                        self.num_bytes / 2**30,
+                        key,
+                    )
+                self.num_refused += 1
+                return move()
             found = self._capture(key, move)
         graph, output = found
         graph.replay()
@@ -66,11 +84,20 @@ class Graphs:
                 move()
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
+            # What eager runs left unused is no part of the graph's growth.
+            torch.cuda.empty_cache()
+            held = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool):
                 output = move()
         self._captured[key] = (graph, output)
-        log.info("captured %s in %.2f s", key, time.perf_counter() - begin)
+        self.num_bytes += max(torch.cuda.memory_reserved() - held, 0)
+        log.info(
+            "captured %s in %.2f s, %.2f GiB in all",
+            key,
+            time.perf_counter() - begin,
+            self.num_bytes / 2**30,
+        )
         return self._captured[key]

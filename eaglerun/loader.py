@@ -7,8 +7,17 @@ import torch
 from tokenizers import Tokenizer
 
 from eaglerun import configs
+from eaglerun.budget import (
+    KVBudget,
+    draft_components,
+    kv_budget,
+    refusal,
+    size_kv,
+    target_components,
+)
 from eaglerun.config import Config
-from eaglerun.errors import ConfigError
+from eaglerun.errors import CapacityError, ConfigError
+from eaglerun.memory import CudaMemory, DeviceMemory, before_loading
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
 from eaglerun.models.minimax_m3 import MiniMaxM3
@@ -65,12 +74,15 @@ def read_checkpoints(config: Config) -> Checkpoints:
 
 
 def load_models(config: Config, progress: bool = False) -> Models:
-    """Both models on their device. ConfigError, CheckpointError, each naming what is wrong."""
+    """Both models on their device. ConfigError, CheckpointError, each naming what is wrong;
+    CapacityError where the GPU cannot hold them."""
     found = read_checkpoints(config)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, found.target.dtype, device)
     taps = config.output.aux_layers if found.draft is None else found.draft.taps
     limit = config.model.max_model_len
+    if device.type == "cuda":
+        refuse_what_cannot_fit(config, found, dtype, CudaMemory(device))
     target = MiniMaxM3(found.target, taps, device=device, dtype=dtype, max_positions=limit)
     draft = None
     if found.draft is not None:
@@ -93,6 +105,44 @@ def load_models(config: Config, progress: bool = False) -> Models:
         tokenizer=tokenizer,
         path=found.target_path,
     )
+
+
+def refuse_what_cannot_fit(
+    config: Config, found: Checkpoints, dtype: torch.dtype, memory: DeviceMemory
+) -> None:
+    """CapacityError before weights are read that leave no room for one sequence, or for the KV
+    blocks that were asked for.
+
+    What is left out can only make it worse: the draft's embedding and head, which may turn out
+    to be the target's, and all that a step needs.
+    """
+    name, cache = str(dtype).removeprefix("torch."), config.cache
+    parts = list(target_components(found.target, name))
+    if found.draft is not None:
+        own = draft_components(found.draft, name)
+        parts += [part for part in own if part.name not in ("embedding", "head")]
+    weights = sum(part.num_bytes for part in parts)
+    kv = kv_budget_of(config, found.target, found.draft, dtype)
+    # Settings that size the KV memory may use all of the GPU.
+    share = 1.0 if cache.sized else cache.gpu_memory_utilization
+    use = before_loading(memory, share, weights)
+    blocks = cache.num_kv_blocks
+    if blocks is None and cache.kv_cache_gib is not None:
+        blocks = kv.num_blocks(int(cache.kv_cache_gib * 2**30))
+    if blocks is None:
+        size_kv(use, kv, config.model.max_model_len)
+    elif kv.num_blocks(use.left) < blocks:
+        advice = ["num_kv_blocks, kv_cache_gib: at most what is left for KV"]
+        wanted = (f"{blocks:,} KV blocks", blocks * kv.block_bytes)
+        raise CapacityError(refusal(f"{blocks} KV blocks do not fit the GPU:", use, advice, wanted))
+
+
+def kv_budget_of(
+    config: Config, target: TargetSpec, draft: DraftSpec | None, dtype: torch.dtype
+) -> KVBudget:
+    """The paged memory of the pair as the settings want it, of models in ``dtype``."""
+    name = str(dtype).removeprefix("torch.")
+    return kv_budget(target, draft, config.cache.block_size, name)
 
 
 def _find(name: str, role: str) -> Path:

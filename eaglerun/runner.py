@@ -21,7 +21,13 @@ from eaglerun.kernels.accept import move_on, window
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_inputs import kv_slots_of, verify_inputs
 from eaglerun.messages import SamplingParams
-from eaglerun.models.attention import AttentionBatch, DraftKV, TargetKV, uniform_rows
+from eaglerun.models.attention import (
+    AttentionBatch,
+    DraftKV,
+    KVRegion,
+    TargetKV,
+    uniform_rows,
+)
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.pending import (
@@ -57,6 +63,7 @@ class RunnerOptions:
     max_rows        rows of the largest forward
     synthetic       conditional acceptance rates by position; empty: judge by the target
     keep_aux        hand the captured hidden states out with each result
+    graph_bytes     captured moves may hold so much; None: as much as they like
     """
 
     num_slots: int
@@ -72,6 +79,7 @@ class RunnerOptions:
     processed_logprobs: bool
     decode_batch_sizes: tuple[int, ...]
     capture: bool
+    graph_bytes: int | None
     scripted_drafts: bool
     scripted_tokens: bool
     keep_aux: bool
@@ -140,7 +148,15 @@ class Runner:
             self.state.padding_slot,
             self.device,
         )
-        self.graphs = Graphs(self.device, options.capture, self.buffers.blank)
+        self.graphs = Graphs(self.device, options.capture, self.buffers.blank, options.graph_bytes)
+
+    def kv_regions(self) -> tuple[KVRegion, ...]:
+        """Every memory that holds something for each block: what a transfer of blocks must move."""
+        regions = self.target_kv.regions()
+        if self.draft_kv is not None and self.block_carry is not None:
+            regions += self.draft_kv.regions()
+            regions += (KVRegion("draft.carry", self.block_carry, "dim"),)
+        return regions
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:

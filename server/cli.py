@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from eaglerun import __version__
-from eaglerun.config import Config
+from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import CheckpointError, ConfigError, EaglerunError
 from eaglerun.messages import SamplingParams, SpeculationStats
 from eaglerun.server import serve
@@ -119,15 +119,20 @@ def _with_drafts(stats: SpeculationStats) -> str:
 
 def _check_config(config: Config) -> int:
     # See _generate.
-    from eaglerun.budget import format_budget, kv_budget
-    from eaglerun.loader import choose_device, choose_dtype, read_checkpoints
+    from eaglerun.budget import format_budget
+    from eaglerun.loader import choose_device, choose_dtype, kv_budget_of, read_checkpoints
 
     print(config.to_toml())
     found = read_checkpoints(config)
-    dtype = choose_dtype(config.model.dtype, found.target.dtype, choose_device(config.model.device))
+    device = choose_device(config.model.device)
+    dtype = choose_dtype(config.model.dtype, found.target.dtype, device)
     name = str(dtype).removeprefix("torch.")
-    kv = kv_budget(found.target, found.draft, config.cache.block_size, name)
-    kv_bytes = int(config.cache.kv_cache_gib * 2**30)
+    kv = kv_budget_of(config, found.target, found.draft, dtype)
+    gib = config.cache.kv_cache_gib
+    if gib is None and device.type == "cpu":
+        gib = CPU_KV_GIB
+    # On a GPU the rest is sized at start, once what the models and a step need is measured.
+    kv_bytes = None if gib is None else int(gib * 2**30)
     if config.cache.num_kv_blocks is not None:
         kv_bytes = config.cache.num_kv_blocks * kv.block_bytes
     print(format_budget(found.target, found.draft, kv, name, kv_bytes))

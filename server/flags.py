@@ -18,7 +18,6 @@ NOT_HERE = {
     "--tp-size": _ONE_GPU,
     "--pipeline-parallel-size": _ONE_GPU,
     "--data-parallel-size": "start one server for each engine",
-    "--gpu-memory-utilization": "--kv-cache-gib or --num-kv-blocks size the KV cache",
     "--kv-cache-dtype": "KV is held in --dtype",
     "--quantization": "weights are held in --dtype",
     "--enable-chunked-prefill": "prefill is always chunked; --max-chunk-tokens sizes the chunks",

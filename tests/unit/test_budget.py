@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 
 from eaglerun.budget import (
+    MemoryUse,
     draft_components,
     format_budget,
+    graph_outputs,
     kv_budget,
+    size_kv,
     target_components,
 )
+from eaglerun.errors import CapacityError
 from eaglerun.spec import DraftSpec, TargetSpec
 
 TARGET = TargetSpec(
@@ -195,3 +199,69 @@ def test_format():
     assert max(map(len, text.splitlines())) < 80
     plain = format_budget(TARGET, None, kv_budget(TARGET, None), dtype="float32")
     assert "target, float32" in plain and "fc" not in plain
+
+
+GIB = 2**30
+# Two thirds of an H200 hold weights; the rest is what 64 sequences might leave.
+H200 = MemoryUse(
+    total=140 * GIB,
+    utilization=0.9,
+    other=GIB,
+    weights=90 * GIB,
+    state=2 * GIB,
+    activations=3 * GIB,
+    graphs=4 * GIB,
+)
+KV = kv_budget(TARGET, GQA)
+
+
+def test_kv_gets_what_is_left():
+    assert H200.left == 126 * GIB - 100 * GIB
+    blocks = size_kv(H200, KV, 131072)
+    assert blocks == 26 * GIB // KV.block_bytes
+    assert size_kv(H200, KV, None) == blocks
+    assert size_kv(H200, KV, blocks * 128) == blocks
+    unmeasured = replace(H200, state=None, activations=None, graphs=None)
+    assert unmeasured.left == H200.left + 9 * GIB
+
+
+def test_a_refusal_shows_the_budget_and_what_to_change():
+    blocks = size_kv(H200, KV, None)
+    half = kv_budget(TARGET, GQA, dtype="bfloat16")
+    half = replace(half, main_bytes=half.main_bytes // 2)
+    with pytest.raises(CapacityError) as refused:
+        size_kv(H200, KV, blocks * 128 + 1, half)
+    assert str(refused.value).splitlines() == [
+        f"max_model_len = {blocks * 128 + 1} does not fit the GPU:",
+        "  0.9 of 140.000 GiB             126.000 GiB",
+        "  - other processes, driver        1.000 GiB",
+        "  - weights                       90.000 GiB",
+        "  - state of the slots             2.000 GiB",
+        "  - activations                    3.000 GiB",
+        "  - graphs                         4.000 GiB",
+        "  left for KV                     26.000 GiB",
+        f"  one sequence of {blocks * 128 + 1:,}         26.014 GiB",
+        "Change one or more of:",
+        f"  max_model_len: {blocks * 128} fits",
+        "  gpu_memory_utilization: 0.901 fits",
+        "  kv_cache_dtype = fp8: one sequence then takes 14.566 GiB",
+        "  max_num_batched_tokens, max_num_seqs: a step then needs less",
+    ]
+
+
+def test_what_can_never_fit():
+    unmeasured = replace(H200, weights=139 * GIB, state=None, activations=None, graphs=None)
+    with pytest.raises(CapacityError) as refused:
+        size_kv(unmeasured, KV, None)
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "one KV block does not fit the GPU:"
+    assert "  left for KV                    -14.000 GiB" in lines
+    assert lines[-1] == "  a GPU with more memory, or fewer processes on it"
+    assert not any("max_model_len" in line or "activations" in line for line in lines)
+    assert not any("gpu_memory_utilization: 1.0" in line for line in lines)
+
+
+def test_graphs_keep_logits_of_the_sizes_that_are_captured():
+    assert graph_outputs((1, 8, 64), 4, 512, 10) == (1 + 8 + 64) * 4 * 10
+    assert graph_outputs((1, 8, 64), 9, 512, 10) == (1 + 8) * 9 * 10
+    assert graph_outputs((), 4, 512, 10) == 0

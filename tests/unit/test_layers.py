@@ -16,7 +16,7 @@ LAYERS = [
     "scheduler speculative.policy",
     "models",
     "sampling speculative batch graphs pending",
-    "runner",
+    "runner memory",
     "loader engine llm",
     "bench server",
     "__main__",
