@@ -52,7 +52,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         ("serve", "an OpenAI server; with nothing else, of the bundled demo pair"),
         ("generate", "answers to prompts, here and now"),
         ("eval", "accuracy on the demo's held-out problems, with and without the draft"),
-        ("bench", "step time and throughput, with and without the draft"),
+        ("bench", "step time, throughput, long contexts, prefill, kernels; with and without draft"),
         ("check-config", "the settings in effect and what the models would take; loads nothing"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -84,7 +84,7 @@ def _measure(config: Config, flags: argparse.Namespace) -> int:
     # See _generate.
     from eaglerun.bench import commands
 
-    run = commands.run_eval if flags.command == "eval" else commands.run_latency
+    run = commands.run_eval if flags.command == "eval" else commands.run_bench
     return run(config, flags)
 
 

@@ -2,23 +2,28 @@
 
 import argparse
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from eaglerun.bench import contexts, prefill, profile, throughput
 from eaglerun.bench.evaluate import (
     TASKS,
     Answerer,
     evaluate,
     in_process,
-    load_problems,
     over_http,
-    render,
     write_json,
 )
-from eaglerun.bench.latency import Row, measure, random_prompts, to_text
-from eaglerun.bench.latency import write_json as write_rows
+from eaglerun.bench.latency import Latency
+from eaglerun.bench.table import say
+from eaglerun.bench.workbench import Options, Workbench
 from eaglerun.config import Config
 from eaglerun.errors import ConfigError
-from eaglerun.loader import Models, load_models
+from eaglerun.loader import load_models
+
+# In the order in which they are worth the time of a GPU.
+PARTS = ("latency", "fill", "profile", "contexts", "prefill", "throughput", "kernels")
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -61,47 +66,163 @@ def run_eval(config: Config, flags: argparse.Namespace) -> int:
 
 
 def add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    default = Options()
+    parser.add_argument(
+        "PARTS",
+        type=_parts,
+        help="what to measure, separated by commas, over one loading of the models: latency (steps "
+        "at fixed concurrencies), fill (what the draft's KV costs at K = 0), profile (idle time "
+        "and kernels of decode steps), contexts (decode steps at long contexts), prefill (time to "
+        "first token of long prompts), throughput (many prompts, continuous batching), kernels "
+        "(each kernel alone, on a GPU; needs no model)",
+    )
     group = parser.add_argument_group("benchmark")
     group.add_argument(
-        "--concurrency", type=int, action="append", help="may be given several times"
+        "--concurrency",
+        type=_number(1),
+        action="append",
+        help="sequences at once; several times (default: each part's own)",
     )
     group.add_argument(
-        "--num-drafts", type=int, action="append", help="K, 0 is plain; several times"
+        "--num-drafts", type=_number(0), action="append", help="K, 0 is plain; several times"
     )
-    group.add_argument("--input-len", type=int, default=1024, help="of random prompts, tokens")
-    group.add_argument("--output-len", type=int, default=256)
+    group.add_argument(
+        "--input-len", type=_number(1), default=default.input_len, help="of random prompts, tokens"
+    )
+    group.add_argument("--output-len", type=_number(1), default=default.output_len)
+    group.add_argument(
+        "--num-prompts", type=_number(1), default=default.num_prompts, help="throughput: in all"
+    )
+    group.add_argument(
+        "--vary",
+        type=float,
+        default=default.vary,
+        metavar="SHARE",
+        help="throughput: lengths are between (1 - SHARE) times the given ones and those",
+    )
     group.add_argument(
         "--prompts", choices=("random", "demo"), default="random", help="demo: word problems"
     )
-    group.add_argument("--bandwidth-gb-s", type=float, help="of the memory, for the floor")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    group.add_argument(
+        "--context",
+        type=_number(2),
+        action="append",
+        help="contexts, prefill: tokens; several times (default: 8192, 32768, 131072)",
+    )
+    group.add_argument(
+        "--num-steps",
+        type=_number(2),
+        default=default.num_steps,
+        help="contexts, profile: decode steps measured",
+    )
+    group.add_argument("--only", default="", metavar="TEXT", help="kernels whose name holds TEXT")
+    group.add_argument("--bandwidth-gb-s", type=float, help="of the memory, for the bytes floor")
+    group.add_argument("--tflops", type=float, help="of a large product, for the prefill's floor")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help="PART.json and PART.md go here, row by row"
+    )
+    group.add_argument(
+        "--budget-s", type=float, metavar="SECONDS", help="begin no further row after so long"
+    )
 
 
-def run_latency(config: Config, flags: argparse.Namespace) -> int:
-    """One row for each concurrency and K; the plain rows first, for the gain."""
-    drafts = flags.num_drafts or sorted({0, config.num_draft_tokens})
-    if max(drafts) > config.num_draft_tokens:
-        raise ConfigError(
-            f"--num-drafts {max(drafts)}: the draft is loaded for num_draft_tokens = "
-            f"{config.num_draft_tokens}; raise that"
-        )
-    models = load_models(config, progress=sys.stderr.isatty())
-    rows: list[Row] = []
-    for concurrency in flags.concurrency or [1, 8]:
-        prompts = prompts_of(models, flags.prompts, concurrency, flags.input_len, config.model.seed)
-        for k in drafts:
-            rows.append(measure(config, models, prompts, k, flags.output_len, flags.bandwidth_gb_s))
-            print(to_text(rows[-1:]).splitlines()[-1], file=sys.stderr)
-    print(to_text(rows))
-    if flags.json is not None:
-        write_rows(config, rows, flags.json)
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    for part in parts:
+        if part not in PARTS:
+            raise argparse.ArgumentTypeError(f"{part!r}: allowed {', '.join(PARTS)}")
+    return parts
+
+
+def _number(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value}: allowed {low} or more")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def run_bench(config: Config, flags: argparse.Namespace) -> int:
+    """Every part asked for, in the order given; a part that fails does not keep the next from
+    running.
+
+    Raises  ExceptionGroup of what failed, once all have run.
+    """
+    options = _options(flags)
+    wanted: Sequence[str] = flags.PARTS
+    longest = 0
+    if "contexts" in wanted:
+        drafts = max(options.num_drafts or (config.num_draft_tokens,))
+        longest = contexts.longest(options.contexts, options.num_steps, drafts)
+    elif "prefill" in wanted:
+        longest = max(options.contexts) + 2
+    parts: dict[str, Callable[[], object]] = {}
+    if set(wanted) - {"kernels"}:
+        bench = Workbench(config, options, longest)
+        latency = Latency(bench)
+        parts = {
+            "latency": latency.run,
+            "fill": latency.run_fill,
+            "profile": lambda: profile.run(bench),
+            "contexts": lambda: contexts.run(bench),
+            "prefill": lambda: prefill.run(bench),
+            "throughput": lambda: throughput.run(bench),
+        }
+    parts["kernels"] = lambda: _run_kernels(options)
+    failed: list[Exception] = []
+    for name in wanted:
+        begun = time.perf_counter()
+        say(f"{name}: begun")
+        try:
+            parts[name]()
+        except Exception as error:
+            say(f"{name}: failed: {type(error).__name__}: {error}")
+            failed.append(error)
+        else:
+            say(f"{name}: {time.perf_counter() - begun:.1f} s")
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise ExceptionGroup("parts of the benchmark failed", failed)
     return 0
 
 
-def prompts_of(
-    models: Models, kind: str, count: int, length: int, seed: int
-) -> list[tuple[int, ...]]:
-    """``count`` prompts: random ids of ``length``, or the demo's word problems as chats."""
-    if kind == "random":
-        return random_prompts(count, length, models.target.spec.vocab_size, seed)
-    return [render(models, p, "adaptive") for p in load_problems("seeds", count)]
+def _run_kernels(options: Options) -> None:
+    # Its shapes are made on the GPU as the module loads.
+    from eaglerun.bench import kernels
+
+    kernels.run(options.only, options.out)
+
+
+def _options(flags: argparse.Namespace) -> Options:
+    """The flags, checked. ConfigError names the flag."""
+    for name, low, high in (
+        ("vary", 0.0, 0.99),
+        ("bandwidth_gb_s", 1e-3, 1e6),
+        ("tflops", 1e-6, 1e6),
+        ("budget_s", 0.0, 1e9),
+    ):
+        value = getattr(flags, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: allowed {low:g} to {high:g}")
+    if flags.out is not None and flags.out.exists() and not flags.out.is_dir():
+        raise ConfigError(f"--out {flags.out}: is a file, and a directory is wanted")
+    return Options(
+        concurrency=tuple(flags.concurrency or ()),
+        num_drafts=tuple(flags.num_drafts or ()),
+        input_len=flags.input_len,
+        output_len=flags.output_len,
+        num_prompts=flags.num_prompts,
+        vary=flags.vary,
+        prompts=flags.prompts,
+        contexts=tuple(flags.context or Options().contexts),
+        num_steps=flags.num_steps,
+        only=flags.only,
+        bandwidth=None if flags.bandwidth_gb_s is None else flags.bandwidth_gb_s * 1e9,
+        flops=None if flags.tflops is None else flags.tflops * 1e12,
+        out=flags.out,
+        budget_s=flags.budget_s,
+    )

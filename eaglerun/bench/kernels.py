@@ -1,26 +1,25 @@
-"""python -m eaglerun.bench.kernels: every kernel at M3's shapes, checked, then timed.
+"""eaglerun bench kernels: every kernel at M3's shapes, checked, then timed.
 
 A kernel is first compared with its reference on the same inputs; a red check prints no number.
 It is timed under graph replay, over input sets that together exceed the cache, against the
 machine's own peak: the bandwidth of a large copy (bytes read and written) and the rate of a large
 bf16 product. A kernel that moves little is held against a copy of as many bytes under the same
 replay. Bytes are what must move: weights and keys that are used, inputs and outputs once.
-
-Flags  --only TEXT  cases whose name holds TEXT;  --json FILE  the rows as JSON
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eaglerun.bench.table import Columns, Table, number, percent, say
+from eaglerun.errors import ConfigError, EngineError
 from eaglerun.kernels import Op
 from eaglerun.kernels.accept import accept
 from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
@@ -435,44 +434,43 @@ def linear_cases() -> Iterator[Case]:
 FAMILIES = (rowwise_cases, decode_attention_cases, prefill_cases, moe_cases, linear_cases)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--json", default="")
-    args = parser.parse_args()
+COLUMNS: Columns[Row] = {
+    "kernel": lambda r, _: r.name,
+    "us": lambda r, _: number(r.us, 1),
+    "copy of as many bytes, us": lambda r, _: number(r.copy_us, 1) if r.copy_us else "-",
+    "GB/s": lambda r, _: number(r.gb_per_s, 0),
+    "of the copy's peak": lambda r, _: percent(r.bandwidth_share),
+    "TFLOP/s": lambda r, _: number(r.tflop_per_s, 1),
+    "of the product's": lambda r, _: percent(r.flop_share),
+    "error": lambda r, _: f"{r.error:.1e}",
+}
+
+
+def run(only: str, out: Path | None) -> None:
+    """Every case whose name holds ``only``.
+
+    Raises  ConfigError without a GPU, EngineError when a kernel is not its reference's equal; the
+            others are measured before that.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("bench kernels: torch finds no GPU here, and kernels run on one alone")
     torch.manual_seed(0)
     bandwidth, rate = peaks()
-    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, ", end="")
-    print(f"bf16 product {rate / 1e12:.0f} TFLOP/s")
-    print(
-        f"{'kernel':56} {'us':>9} {'copy us':>8} {'GB/s':>6} {'share':>6} {'TFLOP/s':>8} ", end=""
-    )
-    print(f"{'share':>6} {'error':>8}")
-    rows, failed = [], 0
+    say(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
+    peak = f"# copy {bandwidth:.4g} byte/s, bf16 product {rate:.4g} FLOP/s"
+    table = Table("kernels", COLUMNS, out, peak)
+    wrong = []
     for family in FAMILIES:
         for case in family():
-            if args.only not in case.name:
+            if only not in case.name:
                 continue
             try:
-                row = measure(case, bandwidth, rate)
-            except AssertionError as wrong:
-                print(f"RED {wrong}")
-                failed += 1
-                continue
-            rows.append(asdict(row))
-            print(
-                f"{row.name:56} {row.us:9.1f} {row.copy_us:8.1f} {row.gb_per_s:6.0f} "
-                f"{row.bandwidth_share:6.1%} {row.tflop_per_s:8.1f} {row.flop_share:6.1%} "
-                f"{row.error:8.1e}",
-                flush=True,
-            )
+                table.add(measure(case, bandwidth, rate))
+            except AssertionError as error:
+                say(f"RED {error}")
+                wrong.append(str(error))
             del case
         torch.cuda.empty_cache()
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"bandwidth": bandwidth, "flops": rate, "rows": rows}, file, indent=1)
-    return failed
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    print(table.to_text())
+    if wrong:
+        raise EngineError(f"{len(wrong)} kernels differ from their references: {'; '.join(wrong)}")

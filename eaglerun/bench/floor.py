@@ -1,0 +1,133 @@
+"""The least that a step must do: bytes of a decode step, floating-point operations of a prefill.
+
+Weights are read once, of the experts those that were really hit; of the draft's layer and head
+once a pass. KV bytes are counted apart from the weights, each key once a sequence: the rows of one
+sequence are taken to select the same blocks, so that what they select apart comes on top.
+"""
+
+from dataclasses import dataclass
+
+from eaglerun.budget import KVBudget, draft_components, target_components
+from eaglerun.spec import DraftSpec, TargetSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """Bytes that a decode step reads at least, by the kernels that read them."""
+
+    linear: float
+    moe: float
+    dense_attention: float
+    index_scan: float
+    sparse_attention: float
+
+    @property
+    def weights(self) -> float:
+        return self.linear + self.moe
+
+    @property
+    def kv(self) -> float:
+        return self.dense_attention + self.index_scan + self.sparse_attention
+
+    def by_group(self) -> dict[str, float]:
+        """By the groups of a profile (see trace.GROUPS)."""
+        return {
+            "linear": self.linear,
+            "MoE": self.moe,
+            "dense attention": self.dense_attention,
+            "index scan": self.index_scan,
+            "sparse attention": self.sparse_attention,
+        }
+
+
+def step_bytes(
+    target: TargetSpec,
+    draft: DraftSpec | None,
+    kv: KVBudget,
+    dtype: str,
+    num_draft_tokens: int,
+    experts: float,
+    num_sequences: int,
+    context: float,
+) -> StepBytes:
+    """Of one decode step.
+
+    draft    None or num_draft_tokens = 0: the draft reads nothing (its KV fill is left out)
+    experts  distinct experts hit in each MoE layer, mean over the layers
+    context  keys that a sequence sees, mean over the sequences
+    """
+    parts = {c.name: c.num_bytes for c in target_components(target, dtype)}
+    moe = parts.pop("routed experts") * experts / target.num_experts if target.num_experts else 0.0
+    moe += parts.pop("router")
+    del parts["embedding"]  # a few rows of it
+    linear = float(sum(parts.values()))
+    layers, sparse = target.num_hidden_layers, sum(target.sparse_layers)
+    selected = target.sparse_topk_blocks * target.sparse_block_size
+    keys, layer_bytes = num_sequences * context, kv.main_bytes / layers
+    dense_attention = (layers - sparse) * keys * layer_bytes
+    index_scan = sparse_attention = 0.0
+    if context > selected:
+        index_scan = keys * kv.index_bytes
+        sparse_attention = sparse * num_sequences * selected * layer_bytes
+    else:
+        dense_attention += sparse * keys * layer_bytes
+    if draft is not None and num_draft_tokens:
+        own = {c.name: c.num_bytes for c in draft_components(draft, dtype)}
+        del own["embedding"]
+        linear += own.pop("fc") + num_draft_tokens * sum(own.values())
+        seen = context if draft.sliding_window is None else min(context, draft.sliding_window)
+        dense_attention += num_draft_tokens * num_sequences * seen * kv.draft_bytes
+    return StepBytes(linear, moe, dense_attention, index_scan, sparse_attention)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFlops:
+    """Floating-point operations of a prompt, a multiply and an add counted as two."""
+
+    linear: float
+    moe: float
+    dense_attention: float
+    index_scan: float
+    sparse_attention: float
+
+    @property
+    def total(self) -> float:
+        attention = self.dense_attention + self.index_scan + self.sparse_attention
+        return self.linear + self.moe + attention
+
+
+def prefill_flops(target: TargetSpec, draft: DraftSpec | None, length: int) -> PrefillFlops:
+    """Of a prompt of ``length`` tokens whose last row alone needs logits.
+
+    A row scores the blocks before it only where there are more than it may select. ``draft``: its
+    KV fill is counted, fc and the k and v projection of every row.
+    """
+    parts = {c.name: c.num_parameters for c in target_components(target)}
+    head = parts.pop("lm_head") or parts["embedding"]
+    routed = parts.pop("routed experts")
+    for name in ("embedding", "norms"):
+        del parts[name]
+    moe = parts.pop("router")
+    if target.num_experts:
+        moe += routed * target.num_experts_per_tok // target.num_experts
+    linear = sum(parts.values())
+    if draft is not None:
+        own = {c.name: c.num_parameters for c in draft_components(draft)}
+        linear += own["fc"] + 2 * draft.hidden_size * 2 * draft.num_key_value_heads * draft.head_dim
+    layers, sparse = target.num_hidden_layers, sum(target.sparse_layers)
+    num_index = sum(
+        own and not shared
+        for own, shared in zip(target.sparse_layers, target.index_shared, strict=True)
+    )
+    selected = min(target.sparse_topk_blocks * target.sparse_block_size, length)
+    pairs = length * (length + 1) / 2
+    near = selected * (selected + 1) / 2  # of rows that select everything before them
+    pair = 4.0 * target.num_attention_heads * target.head_dim
+    scored = 2.0 * target.num_index_heads * target.index_head_dim
+    return PrefillFlops(
+        linear=2.0 * (length * linear + head),
+        moe=2.0 * length * moe,
+        dense_attention=(layers - sparse) * pair * pairs,
+        index_scan=num_index * scored * (pairs - near),
+        sparse_attention=sparse * pair * (near + (length - selected) * selected),
+    )
