@@ -104,7 +104,7 @@ def _step_at(steps: Sequence[tuple[float, float, int]], at: float) -> int | None
 @cache
 def _own_kernels() -> dict[str, str]:
     """Names of this build's kernels and their groups, by the files that define them."""
-    found = {}
+    found: dict[str, str] = {}
     for folder in kernels.__path__:
         for file in Path(folder).glob("*.py"):
             group = next((g for prefix, g in GROUPS.items() if file.stem.startswith(prefix)), OTHER)

@@ -1,0 +1,47 @@
+"""The recipes' scripts name commands, flags and presets that exist."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from eaglerun.bench.commands import PARTS
+from eaglerun.server.cli import _parser
+from eaglerun.server.flags import config_of, parse_flags
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands(directory: Path, *parts: str) -> list[list[str]]:
+    """What m3-8l-h200.sh would run."""
+    script = ["bash", str(ROOT / "recipes" / "m3-8l-h200.sh"), str(directory), *parts]
+    env = {"PATH": os.environ["PATH"], "EAGLERUN": "echo", "FLAGS": "--num-steps 4"}
+    done = subprocess.run(script, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("bench ")]
+    return [shlex.split(line) for line in lines]
+
+
+def test_every_command_of_the_h200_script_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    found = commands(tmp_path)
+    measured = set()
+    presets = []
+    for argv in found:
+        flags = parse_flags(_parser(argv), argv)
+        config, preset = config_of(flags)
+        measured |= set(flags.PARTS)
+        presets.append(preset)
+        assert flags.num_steps == 4 and flags.out.parent == tmp_path
+        for path in (config.model.model, config.model.draft):
+            assert preset is None or (ROOT / str(path) / "config.json").is_file()
+    assert measured == set(PARTS)
+    assert presets == ["m3-8l-h200", "m3-8l-h200-mha", None]
+    assert (tmp_path / "run.log").is_file() and (tmp_path / "tables.md").is_file()
+
+
+def test_parts_are_chosen_by_name(tmp_path: Path):
+    (argv,) = commands(tmp_path, "kernels")
+    assert argv[:2] == ["bench", "kernels"]
