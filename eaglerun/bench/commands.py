@@ -3,7 +3,9 @@
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from eaglerun.bench import contexts, prefill, profile, throughput
@@ -159,19 +161,19 @@ def run_bench(config: Config, flags: argparse.Namespace) -> int:
         longest = contexts.longest(options.contexts, options.num_steps, drafts)
     elif "prefill" in wanted:
         longest = max(options.contexts) + 2
-    parts: dict[str, Callable[[], object]] = {}
+    parts: dict[str, Callable[[], object]] = {"kernels": partial(_run_kernels, options)}
+    bench: Workbench | None = None
     if set(wanted) - {"kernels"}:
         bench = Workbench(config, options, longest)
         latency = Latency(bench)
-        parts = {
+        parts |= {
             "latency": latency.run,
             "fill": latency.run_fill,
-            "profile": lambda: profile.run(bench),
-            "contexts": lambda: contexts.run(bench),
-            "prefill": lambda: prefill.run(bench),
-            "throughput": lambda: throughput.run(bench),
+            "profile": partial(profile.run, bench),
+            "contexts": partial(contexts.run, bench),
+            "prefill": partial(prefill.run, bench),
+            "throughput": partial(throughput.run, bench),
         }
-    parts["kernels"] = lambda: _run_kernels(options)
     failed: list[Exception] = []
     for name in wanted:
         begun = time.perf_counter()
@@ -180,6 +182,11 @@ def run_bench(config: Config, flags: argparse.Namespace) -> int:
             parts[name]()
         except Exception as error:
             say(f"{name}: failed: {type(error).__name__}: {error}")
+            traceback.print_exc()
+            # What the frames hold on the device must not be missing in the next part.
+            traceback.clear_frames(error.__traceback__)
+            if bench is not None:
+                bench.drop_engines()
             failed.append(error)
         else:
             say(f"{name}: {time.perf_counter() - begun:.1f} s")

@@ -19,7 +19,6 @@ from eaglerun.bench.table import Columns, Table, number, percent, say
 from eaglerun.bench.workbench import Workbench
 from eaglerun.blocks import hash_block, root_name
 from eaglerun.engine import Engine
-from eaglerun.models.attention import KVRegion
 
 BATCHES = (1, 8, 32)
 PROFILED_STEPS = 4
@@ -95,16 +94,9 @@ def _output_len(num_steps: int, num_draft_tokens: int) -> int:
 
 def fill_memory(engine: Engine, seed: int) -> None:
     """Random numbers everywhere in the engine's KV memory: cells no request wrote."""
-    runner = engine.runner
-    regions: tuple[KVRegion, ...] = runner.target_kv.regions()
-    tensors = [region.tensor for region in regions]
-    if runner.draft_kv is not None:
-        tensors += [region.tensor for region in runner.draft_kv.regions()]
-    if runner.block_carry is not None:
-        tensors.append(runner.block_carry)
-    generator = torch.Generator(device=runner.device).manual_seed(seed)
-    for tensor in tensors:
-        _randomize(tensor, generator)
+    generator = torch.Generator(device=engine.runner.device).manual_seed(seed)
+    for region in engine.runner.kv_regions():
+        _randomize(region.tensor, generator)
 
 
 def _randomize(tensor: Tensor, generator: torch.Generator) -> None:

@@ -438,6 +438,9 @@ COLUMNS: Columns[Row] = {
     "kernel": lambda r, _: r.name,
     "us": lambda r, _: number(r.us, 1),
     "copy of as many bytes, us": lambda r, _: number(r.copy_us, 1) if r.copy_us else "-",
+    "of 1.5 copies + 2 us": lambda r, _: percent(
+        r.us / (1.5 * r.copy_us + 2) if r.copy_us else None
+    ),
     "GB/s": lambda r, _: number(r.gb_per_s, 0),
     "of the copy's peak": lambda r, _: percent(r.bandwidth_share),
     "TFLOP/s": lambda r, _: number(r.tflop_per_s, 1),

@@ -101,8 +101,11 @@ def run(bench: Workbench) -> None:
         if bench.in_time(f"prefill of {n}"):
             table.add(_measure(bench, engine, n))
         if bench.in_time(f"profile of the prefill of {n}"):
-            for row in _profile(bench, engine, n):
+            rows = _profile(bench, engine, n)
+            for row in rows:
                 chunks.add(row)
+            if not rows:
+                bench.skip(f"chunks of {n}", "the trace does not tell the steps apart")
     bench.drop_engines()
     print(table.to_text(), chunks.to_text(), sep="\n\n")
 

@@ -52,7 +52,7 @@ def profile_decode(
     bench: Workbench, engine: Engine, num_steps: int, keep: Path | None = None
 ) -> Summary:
     """Of ``num_steps`` steps of an engine whose sequences are all decoding."""
-    return summarize(record(bench, engine.step, num_steps, keep))
+    return summarize(record(bench, engine.step, num_steps, keep), num_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Row:
     profiled_ms: float
     idle: float
     no_kernel: float
-    between_steps: float
+    between_steps: float | None
 
 
 COLUMNS: Columns[Row] = {

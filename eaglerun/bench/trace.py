@@ -5,6 +5,7 @@ that launched it share a correlation id, and the call lies inside the step's ann
 the outermost operators stand for kernels.
 """
 
+import itertools
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,7 +139,8 @@ class Summary:
     step_ms        that time, a step
     idle           share of it in which the device did nothing
     no_kernel      share of it in which no kernel ran; copies and fills count as nothing
-    between_steps  share of it between the last activity of a step and the first of the next
+    between_steps  share of it between the last activity of a step and the first of the next;
+                   None where the trace does not tell the steps apart
     groups         every group, longest first;  top: every kernel name, longest first
     """
 
@@ -146,7 +148,7 @@ class Summary:
     step_ms: float
     idle: float
     no_kernel: float
-    between_steps: float
+    between_steps: float | None
     groups: tuple[Share, ...]
     top: tuple[Share, ...]
 
@@ -154,17 +156,20 @@ class Summary:
         return sum(share.ms for share in self.groups if share.name == name)
 
 
-def summarize(activities: Sequence[Activity]) -> Summary:
-    """Of the activities that belong to a step. ValueError if there are none."""
-    inside = [a for a in activities if a.step is not None]
+def summarize(activities: Sequence[Activity], num_steps: int) -> Summary:
+    """Of the activities that belong to a step; of all, where the trace does not say which.
+
+    Raises  ValueError if there is no kernel.
+    """
+    steps = sorted({a.step for a in activities if a.step is not None})
+    inside = [a for a in activities if a.step is not None] if steps else activities
     kernels_only = [a for a in inside if a.is_kernel]
     if not kernels_only:
-        raise ValueError(f"a profile of {len(activities)} activities has no kernel inside a step")
+        raise ValueError(f"a profile of {len(activities)} activities has no kernel")
     begin = min(a.begin_us for a in kernels_only)
     end = max(a.end_us for a in kernels_only)
     inside = [a for a in inside if a.end_us > begin and a.begin_us < end]
     span = end - begin
-    steps = sorted({a.step for a in inside if a.step is not None})
     edges = [
         (
             max(begin, min(a.begin_us for a in inside if a.step == step)),
@@ -172,15 +177,15 @@ def summarize(activities: Sequence[Activity]) -> Summary:
         )
         for step in steps
     ]
-    gaps = [max(0.0, after[0] - before[1]) for before, after in zip(edges, edges[1:], strict=False)]
-    count = len(steps)
+    gaps = [max(0.0, after[0] - before[1]) for before, after in itertools.pairwise(edges)]
+    count = len(steps) or num_steps
     return Summary(
         num_steps=count,
         step_ms=span / count / 1e3,
         idle=1 - _covered(inside, begin, end) / span,
         no_kernel=1 - _covered(kernels_only, begin, end) / span,
-        between_steps=sum(gaps) / span,
-        groups=_shares([(group, a) for group, a in grouped(kernels_only)], count),
+        between_steps=sum(gaps) / span if steps else None,
+        groups=_shares(grouped(kernels_only), count),
         top=_shares([(a.name, a) for a in kernels_only], count),
     )
 

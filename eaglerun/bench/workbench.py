@@ -13,11 +13,11 @@ from eaglerun.bench.drive import random_prompts
 from eaglerun.bench.evaluate import load_problems, render
 from eaglerun.bench.floor import StepBytes, step_bytes
 from eaglerun.bench.table import say
-from eaglerun.budget import KVBudget, kv_budget
+from eaglerun.budget import KVBudget
 from eaglerun.config import Config
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError
-from eaglerun.loader import Models, load_models
+from eaglerun.loader import Models, kv_budget_of, load_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ class Workbench:
             dataclasses.replace(config, model=model), progress=sys.stderr.isatty()
         )
         weight = self.models.target.embed_tokens.weight
-        self.device, self.dtype = weight.device, str(weight.dtype).removeprefix("torch.")
+        self.device, self._torch_dtype = weight.device, weight.dtype
+        self.dtype = str(weight.dtype).removeprefix("torch.")
         self.settings = config.to_toml()
         self._engines: dict[bool, tuple[Config, Engine]] = {}
         self.synchronize()
@@ -81,7 +82,7 @@ class Workbench:
         """Bytes of KV memory a token, with the draft's or without."""
         models = self.models
         spec = models.draft.spec if draft and models.draft is not None else None
-        return kv_budget(models.target.spec, spec, self.config.cache.block_size, self.dtype)
+        return kv_budget_of(self.config, models.target.spec, spec, self._torch_dtype)
 
     def free_blocks(self, draft: bool, reserved_bytes: int) -> int:
         """KV blocks that the GPU's free memory holds beside ``reserved_bytes``; a CPU sets no

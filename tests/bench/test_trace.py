@@ -62,7 +62,7 @@ def test_kernels_belong_to_the_step_that_launched_them():
 
 
 def test_idle_time_is_what_no_activity_covers():
-    found = summarize(parse(EVENTS))
+    found = summarize(parse(EVENTS), 2)
     assert found.num_steps == 2
     assert found.step_ms == pytest.approx(0.05)
     assert found.idle == pytest.approx(0.3)
@@ -71,7 +71,7 @@ def test_idle_time_is_what_no_activity_covers():
 
 
 def test_kernels_by_group_and_by_name():
-    found = summarize(parse(EVENTS))
+    found = summarize(parse(EVENTS), 2)
     groups = {share.name: (share.ms, share.count) for share in found.groups}
     # The merge counts as the attention before it.
     assert groups == {
@@ -95,15 +95,19 @@ def test_overlapping_kernels_are_busy_once():
             Activity("b", 10, 20, 0),
             Activity("c", 40, 60, 0),
             Activity("d", 80, 100, 0),
-        ]
+        ],
+        1,
     )
     assert found.idle == pytest.approx(0.2)
     assert found.between_steps == 0.0
 
 
-def test_a_profile_without_kernels_is_refused():
-    with pytest.raises(ValueError, match="a profile of 1 activities has no kernel inside a step"):
-        summarize([Activity("a", 0, 50, None)])
+def test_without_steps_a_profile_counts_as_a_whole():
+    found = summarize([Activity("a", 0, 50, None), Activity("b", 75, 100, None)], 4)
+    assert (found.num_steps, found.step_ms, found.between_steps) == (4, 0.025, None)
+    assert found.idle == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="a profile of 1 activities has no kernel"):
+        summarize([Activity("a", 0, 50, 0, is_kernel=False)], 1)
 
 
 def test_on_a_cpu_the_outermost_operators_stand_for_kernels():
