@@ -89,14 +89,15 @@ def submit(
     prompts: Sequence[tuple[int, ...]],
     output_lens: Sequence[int],
     num_draft_tokens: int,
+    ignore_eos: bool = True,
 ) -> dict[str, Times]:
-    """Queue the prompts, greedy, EOS ignored, K drafts a step where the engine has a draft.
+    """Queue the prompts, greedy, K drafts a step where the engine has a draft.
 
     Returns the request ids, each with its time of submission.
     """
     run = next(_RUNS)
     drafts = num_draft_tokens if engine.num_draft_tokens else None
-    params = SamplingParams(temperature=0.0, ignore_eos=True, num_draft_tokens=drafts)
+    params = SamplingParams(temperature=0.0, ignore_eos=ignore_eos, num_draft_tokens=drafts)
     found = {}
     for i, (prompt, length) in enumerate(zip(prompts, output_lens, strict=True)):
         sampling = dataclasses.replace(params, seed=i, max_tokens=length)

@@ -13,6 +13,7 @@ from eaglerun.bench.throughput import lengths, percentiles
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError, EngineError
+from eaglerun.loader import load_models
 from eaglerun.messages import Finished, Request, SamplingParams
 from eaglerun.server import cli
 
@@ -122,6 +123,15 @@ def test_throughput_counts_every_token(tmp_path: Path):
         assert r["req_s"] == pytest.approx(5 / r["elapsed_s"])
         assert sorted(r["ttft_ms"]) == r["ttft_ms"] and sorted(r["itl_ms"]) == r["itl_ms"]
     assert rows[1]["mean_acceptance_length"] > rows[0]["mean_acceptance_length"] == 1.0
+
+
+def test_word_problems_end_where_the_model_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workbench, "load_models", load_models)
+    flags = ["throughput", "--prompts=demo", "--num-prompts=2", "--output-len=200"]
+    assert cli.main(["bench", *flags, "--log-stats-every=0", f"--out={tmp_path}"]) == 0
+    plain, draft = json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    assert plain["output_tokens"] == draft["output_tokens"] < 400
+    assert draft["mean_acceptance_length"] > 3.5  # past its end the demo's draft guesses badly
 
 
 def test_without_a_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
