@@ -4,8 +4,9 @@ The host may be one step behind, so lengths, newest tokens and drafts live here 
 names slots. The last row of every tensor belongs to the padding slot.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class DeviceState:
         self.script: Tensor | None = None
         if script_len:
             self.script = torch.zeros(rows, script_len, dtype=torch.int64, device=device)
-        self.vocab_size = vocab_size
+        # (seed, length) -> the script of a sequence. Tests and benchmarks put their own here.
+        self.write_script: Callable[[int, int], Tensor] = partial(random_script, vocab_size)
         self.sampling = SamplingState(num_slots, vocab_size, max_stop_ids, device)
 
     def admit(
@@ -74,11 +76,6 @@ class DeviceState:
             self.script[a.slot_id] = self.write_script(a.seed, self.script.shape[1])
         if self.carry is not None and block_carry is not None and a.carry_block >= 0:
             self.carry[a.slot_id] = block_carry[a.carry_block]
-
-    def write_script(self, seed: int, length: int) -> Tensor:
-        """The script of a sequence: seeded random tokens. Tests put their own in its place."""
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        return torch.randint(self.vocab_size, (length,), generator=generator)
 
     def set_blocks(self, update: BlockUpdate) -> None:
         end = update.first_index + len(update.block_ids)
@@ -137,6 +134,12 @@ class StepBuffers:
                 (self._columns, self.emitted, self.accepted), kept, strict=True
             ):
                 tensor.copy_(before)
+
+
+def random_script(vocab_size: int, seed: int, length: int) -> Tensor:
+    """``length`` seeded random tokens."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return torch.randint(vocab_size, (length,), generator=generator)
 
 
 def host_tensor(values: object, device: torch.device) -> Tensor:

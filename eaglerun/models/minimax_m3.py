@@ -16,6 +16,28 @@ from eaglerun.models.moe import DenseMLP, MoE
 from eaglerun.spec import TargetSpec
 
 
+class BlockSelector(nn.Module):
+    """Which blocks of keys a row attends to; it has no weights."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        super().__init__()
+        self.topk = spec.sparse_topk_blocks
+        self.block_size = spec.sparse_block_size
+        self.init_blocks = spec.sparse_init_blocks
+        self.local_blocks = spec.sparse_local_blocks
+
+    def forward(
+        self, index_q: Tensor, index_k_cache: Tensor, batch: AttentionBatch
+    ) -> Tensor | None:
+        """index_q [N, G, Di] -> [N, G, topk] int32; None where no sequence has more blocks than
+        a row may select: all are selected then, and no score is needed."""
+        if batch.max_seq_len <= self.topk * self.block_size:
+            return None
+        return select_blocks(
+            index_q, index_k_cache, batch, self.topk, self.init_blocks, self.local_blocks
+        )
+
+
 class Attention(nn.Module):
     """One layer's attention: dense, sparse with its own selection, or sparse with a shared one.
 
@@ -45,6 +67,7 @@ class Attention(nn.Module):
             index_dim = spec.index_head_dim
             self.index_q_norm = GemmaNorm(index_dim, eps=eps, device=device, dtype=dtype)
             self.index_k_norm = GemmaNorm(index_dim, eps=eps, device=device, dtype=dtype)
+            self.selector = BlockSelector(spec)
 
     def forward(
         self,
@@ -57,8 +80,7 @@ class Attention(nn.Module):
         """x [N, hidden] -> ([N, hidden], the selection now in force).
 
         block_ids  selection of the last sparse layer that computed one; None before it, and
-                   where no sequence has more blocks than a row may select: all are selected
-                   then, and no score is needed.
+                   where all blocks are selected
         """
         k_cache, v_cache = kv.k[self.layer], kv.v[self.layer]
         store = (batch.positions, batch.kv_slots, self.q_norm.weight, self.k_norm.weight)
@@ -76,7 +98,7 @@ class Attention(nn.Module):
                 v_cache,
                 index_k_cache,
             )
-            block_ids = self._select(index_q, index_k_cache, batch)
+            block_ids = self.selector(index_q, index_k_cache, batch)
         else:
             qkv = self.qkv_proj.rows(x, 0, self.main_rows)
             q = kv_store(qkv, *store, rope_table, self.spec.rms_norm_eps, k_cache, v_cache)
@@ -86,21 +108,6 @@ class Attention(nn.Module):
             attended = dense_attention(q, k_cache, v_cache, batch)
         out: Tensor = self.o_proj(attended.flatten(1))
         return out, block_ids
-
-    def _select(
-        self, index_q: Tensor, index_k_cache: Tensor, batch: AttentionBatch
-    ) -> Tensor | None:
-        spec = self.spec
-        if batch.max_seq_len <= spec.sparse_topk_blocks * spec.sparse_block_size:
-            return None
-        return select_blocks(
-            index_q,
-            index_k_cache,
-            batch,
-            spec.sparse_topk_blocks,
-            spec.sparse_init_blocks,
-            spec.sparse_local_blocks,
-        )
 
 
 class DecoderLayer(nn.Module):

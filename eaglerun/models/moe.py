@@ -29,8 +29,11 @@ class DenseMLP(nn.Module):
 
 
 class Gate(nn.Module):
-    """The router's weight [E, hidden] and selection bias [E], float32 whatever the model's dtype
-    (float64 in a float64 model)."""
+    """The router: which experts a row visits, and with what weight.
+
+    weight [E, hidden] and selection bias [E] are float32 whatever the model's dtype (float64 in a
+    float64 model).
+    """
 
     def __init__(self, spec: TargetSpec, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -42,6 +45,22 @@ class Gate(nn.Module):
             empty_parameter(spec.num_experts, device=device, dtype=dtype)
             if spec.use_routing_bias
             else None
+        )
+        self.topk = spec.num_experts_per_tok
+        self.scale = spec.routed_scaling_factor
+
+    def forward(
+        self, x: Tensor, positions: Tensor, num_experts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, hidden] -> ids [N, topk] int32 and weights alike; see moe_route."""
+        return moe_route(
+            x,
+            self.weight,
+            self.e_score_correction_bias,
+            positions,
+            self.topk,
+            self.scale,
+            num_experts,
         )
 
 
@@ -65,8 +84,6 @@ class MoE(nn.Module):
         self.shared_experts = DenseMLP(
             spec, spec.shared_intermediate_size, device=device, dtype=dtype
         )
-        self.topk = spec.num_experts_per_tok
-        self.scale = spec.routed_scaling_factor
         self.activation = (spec.swiglu_alpha, spec.swiglu_limit, spec.swiglu_beta)
 
     def forward(self, x: Tensor, positions: Tensor, num_experts: Tensor | None) -> Tensor:
@@ -74,15 +91,7 @@ class MoE(nn.Module):
 
         num_experts  int64 [1], incremented by the distinct experts visited; None counts nothing
         """
-        ids, weights = moe_route(
-            x,
-            self.gate.weight,
-            self.gate.e_score_correction_bias,
-            positions,
-            self.topk,
-            self.scale,
-            num_experts,
-        )
+        ids, weights = self.gate(x, positions, num_experts)
         shared: Tensor = self.shared_experts(x)
         return moe_gemm(
             x, self.experts.w13, self.experts.w2, ids, weights, *self.activation, shared

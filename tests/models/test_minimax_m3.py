@@ -260,9 +260,9 @@ def test_the_selection_matters(tmp_path: Path):
     states = []
     for topk in (case.topk, 1000):
         engine = our_engine(tmp_path, case, len(case.layers))
-        spec = replace(engine.runner.target.spec, sparse_topk_blocks=topk)
         for layer in engine.runner.target.layers:
-            layer.self_attn.spec = spec
+            if layer.self_attn.sparse:
+                layer.self_attn.selector.topk = topk
         out = LLM.from_engine(engine).generate([prompt], params, progress=False)[0]
         assert out.aux_hidden_states is not None
         states.append(out.aux_hidden_states[-1])
