@@ -3,7 +3,7 @@
 #
 # Writes DIR/PART/*.json and *.md row by row, DIR/run.log with time stamps, DIR/tables.md at the end.
 # PARTs, in the order of their worth; without any all of them:
-#   gqa      latency, profile, contexts, fill, prefill and throughput with the GQA draft, ~4 min
+#   gqa      latency, fill, profile, contexts, prefill and throughput with the GQA draft, ~4 min
 #   mha      latency with the MHA draft, ~1 min
 #   kernels  every kernel alone, ~2 min
 # EAGLERUN is the command, PRESET and FLAGS replace the preset and add flags (on a small machine).
@@ -41,7 +41,7 @@ measure() {
 for part in "${parts[@]}"; do
   case $part in
     gqa)
-      measure gqa 330 latency,profile,contexts,fill,prefill,throughput --config "$preset" \
+      measure gqa 330 latency,fill,profile,contexts,prefill,throughput --config "$preset" \
         "${peaks[@]}" --budget-s 300
       ;;
     mha)
