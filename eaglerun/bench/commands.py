@@ -24,7 +24,7 @@ from eaglerun.config import Config
 from eaglerun.errors import ConfigError
 from eaglerun.loader import load_models
 
-# In the order in which they are worth a GPU's time; what is profiled comes after what is only timed.
+# In the order in which they are worth a GPU's time; what is only timed precedes what is profiled.
 PARTS = ("latency", "fill", "profile", "contexts", "prefill", "throughput", "kernels")
 
 
