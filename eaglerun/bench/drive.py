@@ -42,7 +42,7 @@ class Steps:
                 ("target", result.times.target_ms),
                 ("draft", result.times.draft_ms),
                 ("experts", float(result.num_experts)),
-                ("context", statistics.mean(row.max_len for row in plan.decode)),
+                ("context", sum(row.max_len for row in plan.decode) / len(plan.decode)),
             ):
                 self._values.setdefault(name, []).append(value)
         self._last = now if full else None

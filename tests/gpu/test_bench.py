@@ -1,0 +1,57 @@
+"""A profile of a real GPU: replayed graphs are taken apart into kernels, steps and groups."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eaglerun.server import cli
+
+pytestmark = pytest.mark.gpu
+
+SETTINGS = (
+    "--max-num-seqs=4",
+    "--max-num-batched-tokens=256",
+    "--num-kv-blocks=800",
+    "--scripted=tokens",
+    "--input-len=100",  # past the keys that are all selected, so that every step is alike
+    "--output-len=24",
+    "--num-steps=6",
+    "--concurrency=1",
+    "--concurrency=4",
+    "--log-stats-every=0",
+)
+
+
+def bench(tmp_path: Path, parts: str, *more: str) -> dict[str, list[dict]]:
+    """Rows of the demo pair by table."""
+    assert cli.main(["bench", parts, *SETTINGS, *more, f"--out={tmp_path}"]) == 0
+    return {file.stem: json.loads(file.read_text())["rows"] for file in tmp_path.glob("*.json")}
+
+
+def test_replayed_kernels_have_their_steps_and_groups(tmp_path: Path):
+    found = bench(tmp_path, "latency,profile", "--bandwidth-gb-s=4000")
+    assert len(found["latency"]) == len(found["profile"]) == 4
+    for row in found["profile"]:
+        assert row["num_steps"] == 6 and row["between_steps"] is not None
+        assert 0 <= row["between_steps"] <= row["no_kernel"] < 1
+    for conc in (1, 4):
+        for k in (0, 3):
+            rows = [
+                r
+                for r in found["profile_kernels"]
+                if (r["concurrency"], r["num_draft_tokens"]) == (conc, k) and r["is_group"]
+            ]
+            ms = {r["name"]: r["ms"] for r in rows}
+            assert {"linear", "MoE", "norms", "dense attention", "other"} <= ms.keys()
+            assert all(r["launches"] == round(r["launches"]) for r in rows), "steps are alike"
+
+
+def test_long_contexts_select_and_prefill_grows(tmp_path: Path):
+    found = bench(tmp_path, "contexts,prefill", "--context=300", "--context=1500")
+    for row in found["contexts"]:
+        assert row["scan_ms"] > 0 and row["sparse_ms"] > 0 and row["dense_ms"] > 0
+    chunks = [row for row in found["prefill_chunks"] if row["length"] == 1500]
+    assert [row["end"] for row in chunks] == [256, 512, 768, 1024, 1280, 1500]
+    assert all(row["scan_us"] > 0 and row["sparse_us"] > 0 for row in chunks[1:])
+    assert all(row["peak_gib"] > 0 for row in found["prefill"])
