@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from eaglerun.errors import CapacityError
 from eaglerun.spec import DraftSpec, TargetSpec
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+DTYPE_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +123,17 @@ def kv_budget(
     draft: DraftSpec | None,
     block_size: int | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
+    index_dtype: str | None = None,
 ) -> KVBudget:
-    """Paged memory of the pair, all of it in ``dtype`` (None: the target's stored one).
+    """Paged memory of the pair of models in ``dtype`` (None: the target's stored one).
 
-    ``block_size`` None is the target's sparse block.
+    ``block_size`` None is the target's sparse block; ``kv_dtype`` and ``index_dtype`` None are the
+    models'. The carry is always in the models' dtype.
     """
     size = DTYPE_BYTES[dtype or target.dtype]
+    kv_size = DTYPE_BYTES[kv_dtype] if kv_dtype else size
+    index_size = DTYPE_BYTES[index_dtype] if index_dtype else size
     num_index = sum(
         sparse and not shared
         for sparse, shared in zip(target.sparse_layers, target.index_shared, strict=True)
@@ -136,9 +141,9 @@ def kv_budget(
     main = 2 * target.num_key_value_heads * target.head_dim * target.num_hidden_layers
     return KVBudget(
         block_size=block_size or target.sparse_block_size,
-        main_bytes=main * size,
-        index_bytes=num_index * target.index_head_dim * size,
-        draft_bytes=2 * draft.num_key_value_heads * draft.head_dim * size if draft else 0,
+        main_bytes=main * kv_size,
+        index_bytes=num_index * target.index_head_dim * index_size,
+        draft_bytes=2 * draft.num_key_value_heads * draft.head_dim * kv_size if draft else 0,
         carry_bytes=draft.hidden_size * size if draft else 0,
     )
 
@@ -194,7 +199,7 @@ def size_kv(
     """How many KV blocks the device has room for.
 
     max_model_len  the longest sequence, which must fit alone; None: whatever fits will do
-    narrower       the same cache in the narrowest dtype, to advise it; None: it is that already
+    narrower       the same cache in fp8, to advise it where that is smaller
 
     Raises  CapacityError with the whole budget and what to change.
     """
@@ -214,7 +219,7 @@ def size_kv(
         advice.append(f"gpu_memory_utilization: {share:.3f} fits")
     if narrower is not None and narrower.block_bytes < kv.block_bytes:
         least = gib(needed * narrower.block_bytes)
-        advice.append(f"kv_cache_dtype = fp8: one sequence then takes {least}")
+        advice.append(f"kv_cache_dtype, index_cache_dtype = fp8: it then takes {least}")
     wanted = ("one block" if max_model_len is None else f"one sequence of {length:,}", kv_bytes)
     raise CapacityError(refusal(f"{what} does not fit the GPU:", use, advice, wanted))
 

@@ -159,6 +159,16 @@ class CacheConfig(Checked):
         low=0.01,
         high=1,
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "type of K and V in memory, target's and draft's; auto: the models'; fp8: e4m3fn, scale 1",
+        choices=("auto", "bfloat16", "fp8"),
+    )
+    index_cache_dtype: str = option(
+        "auto",
+        "type of the indexer's keys in memory; auto: the models'; fp8: e4m3fn, scale 1",
+        choices=("auto", "bfloat16", "fp8"),
+    )
     enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt beginnings")
 
     @property

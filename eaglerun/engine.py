@@ -13,7 +13,7 @@ from eaglerun.blocks import BlockPool
 from eaglerun.budget import KVBudget, MemoryUse, format_use, graph_outputs, size_kv
 from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import ConfigError, RequestError
-from eaglerun.loader import Models, kv_budget_of, load_models
+from eaglerun.loader import Models, cache_dtypes, kv_budget_of, load_models, narrowest_kv
 from eaglerun.memory import CudaMemory, DeviceMemory, measure, rehearsing, weights_of
 from eaglerun.messages import Event, Request
 from eaglerun.models.eagle3_llama import Eagle3Llama
@@ -75,7 +75,8 @@ class Engine:
         use = None
         if memory is not None and not config.cache.sized:
             use = _measured(config, memory, target, draft, options)
-            num_blocks = size_kv(use, kv, config.model.max_model_len)
+            least = narrowest_kv(config, target.spec, draft_spec, dtype)
+            num_blocks = size_kv(use, kv, config.model.max_model_len, least)
         else:
             num_blocks = _num_blocks(config, kv)
         self.max_model_len = _max_model_len(config, target, num_blocks * kv.block_size)
@@ -129,10 +130,13 @@ class Engine:
             sizes += (scheduling.max_num_seqs,)
         widest = max((scheduling.max_num_seqs, *sizes)) * rows_per_seq
         length = config.synthetic_length
+        kv_dtype, index_dtype = cache_dtypes(config, target.embed_tokens.weight.dtype)
         return RunnerOptions(
             num_slots=scheduling.max_num_seqs,
             num_blocks=1,
             block_size=block_size,
+            kv_dtype=kv_dtype,
+            index_dtype=index_dtype,
             max_model_len=_longest(config, target),
             max_rows=max(scheduling.max_num_batched_tokens, widest),
             num_draft_tokens=self.num_draft_tokens,

@@ -1,6 +1,6 @@
 """From a Config to two models in memory: which checkpoints, checked, then loaded or made up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -130,7 +130,8 @@ def refuse_what_cannot_fit(
     if blocks is None and cache.kv_cache_gib is not None:
         blocks = kv.num_blocks(int(cache.kv_cache_gib * 2**30))
     if blocks is None:
-        size_kv(use, kv, config.model.max_model_len)
+        least = narrowest_kv(config, found.target, found.draft, dtype)
+        size_kv(use, kv, config.model.max_model_len, least)
     elif kv.num_blocks(use.left) < blocks:
         advice = ["num_kv_blocks, kv_cache_gib: at most what is left for KV"]
         wanted = (f"{blocks:,} KV blocks", blocks * kv.block_bytes)
@@ -141,8 +142,23 @@ def kv_budget_of(
     config: Config, target: TargetSpec, draft: DraftSpec | None, dtype: torch.dtype
 ) -> KVBudget:
     """The paged memory of the pair as the settings want it, of models in ``dtype``."""
-    name = str(dtype).removeprefix("torch.")
-    return kv_budget(target, draft, config.cache.block_size, name)
+    kinds = (dtype, *cache_dtypes(config, dtype))
+    names = (str(kind).removeprefix("torch.") for kind in kinds)
+    return kv_budget(target, draft, config.cache.block_size, *names)
+
+
+def narrowest_kv(
+    config: Config, target: TargetSpec, draft: DraftSpec | None, dtype: torch.dtype
+) -> KVBudget:
+    """kv_budget_of with both caches in fp8: what a refusal may advise."""
+    cache = replace(config.cache, kv_cache_dtype="fp8", index_cache_dtype="fp8")
+    return kv_budget_of(replace(config, cache=cache), target, draft, dtype)
+
+
+def cache_dtypes(config: Config, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """How K and V, and the indexer's keys, are held for models in ``dtype``."""
+    known = {"auto": dtype, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+    return known[config.cache.kv_cache_dtype], known[config.cache.index_cache_dtype]
 
 
 def _find(name: str, role: str) -> Path:

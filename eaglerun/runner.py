@@ -60,6 +60,7 @@ MAX_CAPTURED_ROWS = 512
 class RunnerOptions:
     """What a rank must know besides its models.
 
+    kv_dtype        of K and V of both models;  index_dtype  of the indexer's keys
     max_rows        rows of the largest forward
     synthetic       conditional acceptance rates by position; empty: judge by the target
     keep_aux        hand the captured hidden states out with each result
@@ -69,6 +70,8 @@ class RunnerOptions:
     num_slots: int
     num_blocks: int
     block_size: int
+    kv_dtype: torch.dtype
+    index_dtype: torch.dtype
     max_model_len: int
     max_rows: int
     num_draft_tokens: int
@@ -108,8 +111,8 @@ class Runner:
         self.options = options
         weight = target.embed_tokens.weight
         self.device, dtype = weight.device, weight.dtype
-        size = (options.num_blocks, options.block_size, self.device, dtype)
-        self.target_kv = TargetKV.allocate(target.spec, *size)
+        size = (options.num_blocks, options.block_size, self.device, options.kv_dtype)
+        self.target_kv = TargetKV.allocate(target.spec, *size, options.index_dtype)
         self.draft_kv: DraftKV | None = None
         self.block_carry: Tensor | None = None
         self.aux: Tensor | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eaglerun.kernels import paired
 from eaglerun.kernels.language import (
+    CACHES,
     FLOATS,
     cdiv,
     dot_dtype,
@@ -258,8 +259,9 @@ def attention_dense(
             positions [N]; block_tables [B, max_blocks] int32, entries past a sequence
             arbitrary; seq_lens [B], at most max_seq_len; returns [N, H, D]. D <= 256,
             H / G <= 128. N may be 0.
-    Dtypes  q and caches bf16, fp16 or fp32, alike; scores, softmax and sums in fp32, the
-            softmax weights rounded to q.dtype before they meet v, one cast to q.dtype.
+    Dtypes  q bf16, fp16 or fp32; caches the same, bf16 or fp8 (e4m3fn, scale 1), both alike,
+            cast to q.dtype as they are read (exactly, of fp8); scores, softmax and sums in fp32,
+            the softmax weights rounded to q.dtype before they meet v, one cast to q.dtype.
     Error   3e-3 absolute in bf16 where |v| <= 1 (1e-5 in fp32). A row's bits depend on Q and on
             its own keys, not on the number of sequences, their lengths or max_seq_len.
     Raises  ValueError when N is no multiple of B or H none of G, and on another shape, stride
@@ -427,8 +429,9 @@ def check(
         and q.shape[1] <= 128 * groups
         and dim <= 256
         and q.stride(2) == 1
-        and q.dtype == k_cache.dtype == v_cache.dtype
         and q.dtype in FLOATS
+        and k_cache.dtype == v_cache.dtype
+        and k_cache.dtype in (q.dtype, *CACHES)
         and k_cache.shape == v_cache.shape
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()

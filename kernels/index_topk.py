@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import FLOATS, cdiv, dot_dtype, jit, power_of_2, require, tl
+from eaglerun.kernels.language import CACHES, FLOATS, cdiv, dot_dtype, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import index_topk as reference
 from eaglerun.kernels.vocab_argmax import index_of, ordered_key
@@ -171,7 +171,8 @@ def block_scores(
     Shapes  index_q [N, G, Di] contiguous; index_k_cache [num_blocks, block_size, Di]
             contiguous; positions, block_tables, seq_lens, max_seq_len as attention_dense;
             returns [N, G, ceil(max_seq_len / block_size)]. Di <= 256, G <= 64.
-    Dtypes  bf16, fp16 or fp32, alike; products and sums in fp32, returned so.
+    Dtypes  index_q bf16, fp16 or fp32; the cache the same, bf16 or fp8 (e4m3fn, scale 1), cast
+            to index_q.dtype as it is read; products and sums in fp32, returned so.
     Error   1e-5 of |q| |k|. A row's bits do not depend on other sequences.
     Raises  ValueError when N is no multiple of B, and on another shape, stride or dtype.
     Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
@@ -348,8 +349,8 @@ def _scores(
         index_q.is_contiguous()
         and index_k_cache.is_contiguous()
         and index_k_cache.shape[2] == dim
-        and index_q.dtype == index_k_cache.dtype
         and index_q.dtype in FLOATS
+        and index_k_cache.dtype in (index_q.dtype, *CACHES)
         and dim <= 256
         and groups <= 64
         and page <= 256

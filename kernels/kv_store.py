@@ -5,9 +5,29 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import FLOATS, cdiv, jit, power_of_2, require, tl
+from eaglerun.kernels.language import CACHES, FLOATS, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import kv_store as reference
+
+
+@jit
+def _narrowed(x, y_ptr):
+    """x (fp32) as y_ptr's elements: the nearest, the even one of two; fp8 saturates at 448.
+
+    To fp8 it is rounded here, so that the cast is exact: devices (and the interpreter) round each
+    in its own way. Normals keep 3 bits of their fraction, below 2^-6 a step is 2^-9.
+    """
+    if y_ptr.dtype.element_ty == tl.float8e4nv:
+        sign = x.to(tl.int32, bitcast=True) >> 31 << 31
+        size = tl.minimum(tl.abs(x), 448.0, propagate_nan=tl.PropagateNan.ALL)
+        bits = size.to(tl.int32, bitcast=True)
+        normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20 << 20
+        # fp32 has steps of 2^-9 above 2^14.
+        small = ((size + 16384.0) - 16384.0).to(tl.int32, bitcast=True)
+        bits = tl.where(size < 0.015625, small, normal)
+        bits = tl.where(size != size, 0x7FF00000, bits)
+        x = (bits | sign).to(tl.float32, bitcast=True)
+    return x.to(y_ptr.dtype.element_ty)
 
 
 @jit
@@ -53,10 +73,10 @@ def _norm_rope_store(
             c = c * scale * (1.0 + wc.to(tl.float32))[None, :]
     cos = tl.load(table_ptr + j, mask=j < HALF, other=1.0)[None, :]
     sin = tl.load(table_ptr + HALF + j, mask=j < HALF, other=0.0)[None, :]
-    tl.store(y_ptr + at, a * cos - b * sin, mask=turned)
-    tl.store(y_ptr + at + HALF, b * cos + a * sin, mask=turned)
+    tl.store(y_ptr + at, _narrowed(a * cos - b * sin, y_ptr), mask=turned)
+    tl.store(y_ptr + at + HALF, _narrowed(b * cos + a * sin, y_ptr), mask=turned)
     if BLOCK_REST:
-        tl.store(y_ptr + rest_at, c, mask=passed)
+        tl.store(y_ptr + rest_at, _narrowed(c, y_ptr), mask=passed)
 
 
 @jit
@@ -115,8 +135,8 @@ def _kv_store_kernel(
         d = tl.arange(0, BLOCK_D)
         at = groups[:, None] * D + d[None, :]
         live = written[:, None] & (d < D)[None, :]
-        v = tl.load(x + (H + G) * D + at, mask=live, other=0.0)
-        tl.store(v_cache_ptr + slot * (G * D) + at, v, mask=live)
+        v = tl.load(x + (H + G) * D + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(v_cache_ptr + slot * (G * D) + at, _narrowed(v, v_cache_ptr), mask=live)
         if INDEX:
             x += (H + 2 * G) * D
             _norm_rope_store(
@@ -151,11 +171,13 @@ def kv_store(
     Shapes  qkv [N, (H + 2 G) * D], columns q, k, v, rows of any stride; positions, kv_slots [N];
             q_norm, k_norm [D]; table [max_positions, rotary_dim]; caches [num_blocks,
             block_size, G, D] contiguous; returns q [N, H, D] contiguous. N may be 0.
-    Dtypes  bf16, fp16 or fp32, norm weights the same or fp32, table fp32; fp32 inside, one cast
-            to qkv.dtype; caches of that dtype.
+    Dtypes  bf16, fp16 or fp32, norm weights the same or fp32, table fp32; fp32 inside, one cast:
+            of q to qkv.dtype, of k and v to their caches', which is qkv.dtype, bf16 or fp8
+            (e4m3fn, scale 1, saturated at 448).
     Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
-    Error   2 ulp of qkv.dtype at the head's largest value; v bit for bit. A row's bits do not
-            depend on the others.
+    Error   2 ulp of qkv.dtype at the head's largest value; of fp8 one step where the value lies
+            that close to the middle of two; v bit for bit. A row's bits do not depend on the
+            others.
     Raises  ValueError on another shape, stride or dtype.
     Source  MiniMaxM3VLAttention (transformers 5.23, models/minimax_m3_vl).
     """
@@ -251,7 +273,8 @@ def _store(
         and rotary <= min(dim, index_dim or dim)
         and table.dtype == torch.float32
         and k_cache.shape == v_cache.shape
-        and all(c.is_contiguous() and c.dtype == qkv.dtype for c in caches)
+        and k_cache.dtype == v_cache.dtype
+        and all(c.is_contiguous() and c.dtype in (qkv.dtype, *CACHES) for c in caches)
         and all(t.is_contiguous() for t in (positions, kv_slots, table, *norms))
         and all(n.dtype in (qkv.dtype, torch.float32) for n in norms)
         and all(n.shape == (size,) for n, size in zip(norms, sizes, strict=False)),

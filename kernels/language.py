@@ -72,3 +72,5 @@ def require(fits: bool, name: str, /, **tensors: object) -> None:
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# What a cache may be besides the dtype of the queries. fp8 holds values at scale 1.
+CACHES = (torch.bfloat16, torch.float8_e4m3fn)

@@ -18,7 +18,6 @@ NOT_HERE = {
     "--tp-size": _ONE_GPU,
     "--pipeline-parallel-size": _ONE_GPU,
     "--data-parallel-size": "start one server for each engine",
-    "--kv-cache-dtype": "KV is held in --dtype",
     "--quantization": "weights are held in --dtype",
     "--enable-chunked-prefill": "prefill is always chunked; --max-chunk-tokens sizes the chunks",
     "--trust-remote-code": "code of a checkpoint is never run",

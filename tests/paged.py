@@ -6,6 +6,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from eaglerun.kernels.reference import narrowed
+
 
 @dataclass
 class Paged:
@@ -51,7 +53,7 @@ def paged(
             for cache in caches:
                 cache[block, :held] = torch.randn(cache[block, :held].shape)
     return Paged(
-        [c.to(device, dtype) for c in caches],
+        [narrowed(c, dtype).to(device) for c in caches],
         tables.to(device, torch.int32),
         torch.tensor(lengths, dtype=torch.int32, device=device),
         max(*lengths, 1),

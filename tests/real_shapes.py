@@ -43,9 +43,11 @@ def calls(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator
         return new(*shape, dtype=dtype)
 
     yield from _rowwise(new, ints)
-    for rows, batch, blocks in ((1, 1, 16), (32, 4, 8192)):
-        yield from _attention(new, ints, rows, batch, blocks)
-    yield from _prefill(new, ints)
+    for cache in (dtype, torch.float8_e4m3fn):
+        yield from _stores(new, ints, cache)
+        for rows, batch, blocks in ((1, 1, 16), (32, 4, 8192)):
+            yield from _attention(new, ints, rows, batch, blocks, cache)
+        yield from _prefill(new, ints, cache)
     for rows in (1, 4, 2048, 8192):
         x, positions = new(rows, HIDDEN), ints(rows)
         gate, bias = new(EXPERTS, HIDDEN, dtype=torch.float32), new(EXPERTS, dtype=torch.float32)
@@ -78,7 +80,10 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     yield uniform, (ints(4), ints(4), 1)
     yield gumbel, (ints(4), ints(4), 0, VOCAB)
     yield gumbel_argmax, (new(4, VOCAB, dtype=torch.float32), ints(4), ints(4), 0)
-    k, index_k = new(8, BLOCK, GROUPS, DIM), new(8, BLOCK, INDEX_DIM)
+
+
+def _stores(new: Any, ints: Any, cache: torch.dtype) -> Iterator[Call]:
+    k, index_k = new(8, BLOCK, GROUPS, DIM, dtype=cache), new(8, BLOCK, INDEX_DIM, dtype=cache)
     norm = new(DIM)
     main = (HEADS + 2 * GROUPS) * DIM
     qkv = new(4, main + (GROUPS + 1) * INDEX_DIM)
@@ -88,13 +93,15 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     rope = new(4096, DIM, dtype=torch.float32)
     yield draft_kv_store, (qkv[:, :main], *rows, rope, k, k)
     yield draft_kv_store, (new(4, 2 * GROUPS * DIM), *rows, rope, k, k)
-    k = new(8, BLOCK, HEADS, DIM)
+    k = new(8, BLOCK, HEADS, DIM, dtype=cache)
     yield draft_kv_store, (new(4, 3 * HEADS * DIM), *rows, rope, k, k)
 
 
-def _attention(new: Any, ints: Any, rows: int, batch: int, blocks: int) -> Iterator[Call]:
+def _attention(
+    new: Any, ints: Any, rows: int, batch: int, blocks: int, cache: torch.dtype
+) -> Iterator[Call]:
     q, index_q = new(rows, HEADS, DIM), new(rows, GROUPS, INDEX_DIM)
-    k, index_k = new(64, BLOCK, GROUPS, DIM), new(64, BLOCK, INDEX_DIM)
+    k, index_k = new(64, BLOCK, GROUPS, DIM, dtype=cache), new(64, BLOCK, INDEX_DIM, dtype=cache)
     where = (
         ints(rows),
         ints(batch, blocks, dtype=torch.int32),
@@ -104,17 +111,17 @@ def _attention(new: Any, ints: Any, rows: int, batch: int, blocks: int) -> Itera
     yield attention_dense, (q, k, k, *where, 0.1)
     if rows == batch:
         # The draft with as many keys as heads; it has no key at position 0.
-        heads = new(64, BLOCK, HEADS, DIM)
+        heads = new(64, BLOCK, HEADS, DIM, dtype=cache)
         yield attention_dense, (q, heads, heads, *where, 0.1, 1)
     yield index_topk, (index_q, index_k, *where, TOPK, 0, 1)
     ids = ints(rows, GROUPS, TOPK, dtype=torch.int32)
     yield attention_sparse, (q, k, k, ids, *where, 0.1)
 
 
-def _prefill(new: Any, ints: Any) -> Iterator[Call]:
+def _prefill(new: Any, ints: Any, cache: torch.dtype) -> Iterator[Call]:
     q_lens, rows = (1024, 1000), 2048
     q, index_q = new(rows, HEADS, DIM), new(rows, GROUPS, INDEX_DIM)
-    k, index_k = new(64, BLOCK, GROUPS, DIM), new(64, BLOCK, INDEX_DIM)
+    k, index_k = new(64, BLOCK, GROUPS, DIM, dtype=cache), new(64, BLOCK, INDEX_DIM, dtype=cache)
     where = (
         ints(rows),
         ints(2, 64, dtype=torch.int32),
@@ -124,7 +131,7 @@ def _prefill(new: Any, ints: Any) -> Iterator[Call]:
         8192,
     )
     yield attention_dense_ragged, (q, k, k, *where, 0.1)
-    heads = new(64, BLOCK, HEADS, DIM)
+    heads = new(64, BLOCK, HEADS, DIM, dtype=cache)
     yield attention_dense_ragged, (q, heads, heads, *where, 0.1, 1)
     yield index_topk_ragged, (index_q, index_k, *where, TOPK, 0, 1)
     ids = ints(rows, GROUPS, TOPK, dtype=torch.int32)

@@ -85,8 +85,10 @@ class TargetKV:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        index_dtype: torch.dtype | None = None,
     ) -> Self:
-        """Uninitialised memory: a cell is read only after it was written.
+        """Uninitialised memory: a cell is read only after it was written. ``index_dtype`` is of
+        the index keys, None: ``dtype`` too.
 
         Raises  ValueError when a layer is sparse and block_size is not the sparse block.
         """
@@ -102,7 +104,9 @@ class TargetKV:
             k=tuple(torch.empty(heads, device=device, dtype=dtype) for _ in layers),
             v=tuple(torch.empty(heads, device=device, dtype=dtype) for _ in layers),
             index_k=tuple(
-                torch.empty((*pages, spec.index_head_dim), device=device, dtype=dtype)
+                torch.empty(
+                    (*pages, spec.index_head_dim), device=device, dtype=index_dtype or dtype
+                )
                 if spec.sparse_layers[i] and not spec.index_shared[i]
                 else None
                 for i in layers

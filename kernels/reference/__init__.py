@@ -49,6 +49,25 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
 
 
+FP8_MAX = 448.0  # of e4m3fn, which has no infinity
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, which costs as much as a small sum even where it does nothing."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as a cache of ``dtype`` holds it: the nearest value, the even one of two; fp8 (e4m3fn,
+    scale 1) saturates at 448."""
+    return cast(x.clamp(-FP8_MAX, FP8_MAX) if dtype == torch.float8_e4m3fn else x, dtype)
+
+
+def as_bytes(cache: Tensor) -> Tensor:
+    """A cache of fp8 as uint8, for torch copies and gathers few kinds of numbers; others as is."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def cache_rows(cache: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows ``index`` [L] of a cache [R, D], as values of ``dtype``."""
+    return cast(as_bytes(cache).index_select(0, index).view(cache.dtype), dtype)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import cast, remember_last, wide
+from eaglerun.kernels.reference import cache_rows, cast, remember_last, wide
 
 
 def attention_dense(
@@ -32,7 +32,8 @@ def attention_dense(
     Shapes  q [N, H, D], last dim contiguous; caches [num_blocks, block_size, G, D] contiguous;
             positions [N]; block_tables [B, max_blocks], entries past a sequence arbitrary;
             seq_lens [B], at most max_seq_len <= max_blocks * block_size; returns [N, H, D].
-    Dtypes  scores, softmax and sums in fp32 (fp64 for fp64), one cast to q.dtype.
+    Dtypes  scores, softmax and sums in fp32 (fp64 for fp64), one cast to q.dtype; caches of any
+            float dtype, fp8 (e4m3fn) by its values: scale 1.
     Raises  ValueError when N is no multiple of B or H none of G.
     Source  Vaswani et al. 2017, arXiv:1706.03762, eq. 1; pages as Kwon et al. 2023,
             arXiv:2309.06180, section 4.3.
@@ -179,9 +180,9 @@ def attend(
         return torch.zeros_like(q)
     # Cells of one group are gathered side by side: k, v [B * G, L, D], ready for bmm.
     flat = cells.flatten()
-    k = wide(k_cache.view(-1, dim).index_select(0, flat)).view(-1, length, dim)
-    v = wide(v_cache.view(-1, dim).index_select(0, flat)).view(-1, length, dim)
     grouped = (wide(q) * scale).view(batch, rows, groups, ratio, dim).transpose(1, 2)
+    k = cache_rows(k_cache.view(-1, dim), flat, grouped.dtype).view(-1, length, dim)
+    v = cache_rows(v_cache.view(-1, dim), flat, grouped.dtype).view(-1, length, dim)
     scores = torch.bmm(grouped.reshape(-1, rows * ratio, dim), k.transpose(1, 2))
     scores = scores.view(batch, groups, rows, ratio, length).add_(bias)
     # The softmax of a row without keys is NaN.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import remember_last, wide
+from eaglerun.kernels.reference import cache_rows, remember_last, wide
 from eaglerun.kernels.reference.attention_dense import (
     check_rows,
     penalty,
@@ -31,7 +31,8 @@ def block_scores(
     Shapes  index_q [N, G, Di]; index_k_cache [num_blocks, block_size, Di] contiguous;
             positions, block_tables, seq_lens, max_seq_len as attention_dense;
             returns [N, G, ceil(max_seq_len / block_size)].
-    Dtypes  products and sums in fp32 (fp64 for fp64), returned so.
+    Dtypes  products and sums in fp32 (fp64 for fp64), returned so; a cache of any float dtype, fp8
+            (e4m3fn) by its values: scale 1. index_q is not narrowed.
     Raises  ValueError when N is no multiple of B.
     Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
     """
@@ -40,9 +41,9 @@ def block_scores(
     keys = visible_keys(positions, block_tables, seq_lens, max_seq_len, block_size)
     batch, rows, length = keys.hidden.shape
     groups = index_q.shape[1]
-    k = wide(index_k_cache.view(-1, dim).index_select(0, keys.slots.flatten()))
-    k = k.view(batch, length, dim)
-    scores = torch.bmm(wide(index_q).reshape(batch, rows * groups, dim), k.transpose(1, 2))
+    q = wide(index_q).reshape(batch, rows * groups, dim)
+    k = cache_rows(index_k_cache.view(-1, dim), keys.slots.flatten(), q.dtype)
+    scores = torch.bmm(q, k.view(batch, length, dim).transpose(1, 2))
     bias, _ = penalty(keys.hidden, index_q.dtype)
     scores = scores.view(batch, rows, groups, length).add_(bias[:, 0])
     best = scores.view(batch * rows, groups, length // block_size, block_size).amax(-1)

@@ -1,13 +1,14 @@
 """From the rows of the qkv projection to rotated queries and written caches.
 
 A cache is [num_blocks, block_size, G, D] (keys, values) or [num_blocks, block_size, Di] (index
-keys), contiguous; kv_slot = block * block_size + offset; a slot of -1 writes nothing.
+keys), contiguous; kv_slot = block * block_size + offset; a slot of -1 writes nothing. Caches are of
+qkv's dtype or narrower; fp8 (e4m3fn) holds values at scale 1, saturated at 448.
 """
 
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.reference import cast, remember_last, wide
+from eaglerun.kernels.reference import as_bytes, cast, narrowed, remember_last, wide
 from eaglerun.kernels.reference.rmsnorm import gemma_rmsnorm
 from eaglerun.kernels.reference.rope import rope
 
@@ -30,7 +31,8 @@ def kv_store(
 
     Shapes  qkv [N, (H + 2 G) * D], columns q, k, v, rows of any stride; positions, kv_slots [N];
             q_norm, k_norm [D]; table [max_positions, rotary_dim]; returns q [N, H, D].
-    Dtypes  norm and rope in fp32 (fp64 for fp64), one cast to qkv.dtype; caches of that dtype.
+    Dtypes  norm and rope in fp32 (fp64 for fp64), one cast: of q to qkv.dtype, of k and v to their
+            cache's.
     Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
     Raises  ValueError when the columns are not a whole number of heads above 2 G.
     Source  MiniMaxM3VLAttention (transformers 5.23, models/minimax_m3_vl).
@@ -39,7 +41,7 @@ def kv_store(
     groups = k_cache.shape[2]
     qk = _norm_rope(rows[:, : heads + groups], heads, q_norm, k_norm, positions, table, eps)
     _write(kv_slots, (k_cache, qk[:, heads:]), (v_cache, rows[:, heads + groups :]))
-    return qk[:, :heads]
+    return cast(qk[:, :heads], qkv.dtype)
 
 
 def kv_index_store(
@@ -79,7 +81,7 @@ def kv_index_store(
         (v_cache, rows[:, heads + groups :]),
         (index_k_cache, index[:, groups]),
     )
-    return qk[:, :heads], index[:, :groups]
+    return cast(qk[:, :heads], qkv.dtype), cast(index[:, :groups], qkv.dtype)
 
 
 def draft_kv_store(
@@ -97,15 +99,15 @@ def draft_kv_store(
 
     Shapes  qkv [N, (H + 2 G) * D], columns q, k, v; H may be 0 (k and v alone are filled);
             positions, kv_slots [N]; table [max_positions, rotary_dim]; returns q [N, H, D].
-    Dtypes  rope in fp32 (fp64 for fp64), one cast to qkv.dtype; caches of that dtype.
+    Dtypes  as kv_store.
     Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
     Raises  as kv_store.
     """
     rows, heads = _head_rows("draft_kv_store", qkv, k_cache)
     groups = k_cache.shape[2]
-    qk = rope(rows[:, : heads + groups], positions - 1, table)
+    qk = rope(wide(rows[:, : heads + groups]), positions - 1, table)
     _write(kv_slots, (k_cache, qk[:, heads:]), (v_cache, rows[:, heads + groups :]))
-    return qk[:, :heads]
+    return cast(qk[:, :heads], qkv.dtype)
 
 
 def _head_rows(name: str, qkv: Tensor, k_cache: Tensor) -> tuple[Tensor, int]:
@@ -126,18 +128,21 @@ def _norm_rope(
     table: Tensor,
     eps: float,
 ) -> Tensor:
-    """Queries (the first ``heads``) and keys in one pass: they differ only in the weight."""
+    """Queries (the first ``heads``) and keys in one pass: they differ only in the weight. In
+    fp32 or wider: each is cast once, where it goes."""
     dim = rows.shape[2]
     weight = torch.cat((q_norm.expand(heads, dim), k_norm.expand(rows.shape[1] - heads, dim)))
-    return cast(rope(gemma_rmsnorm(wide(rows), weight, eps), positions, table), rows.dtype)
+    return rope(gemma_rmsnorm(wide(rows), weight, eps), positions, table)
 
 
 def _write(kv_slots: Tensor, *writes: tuple[Tensor, Tensor]) -> None:
-    """cache[slot of row n] = rows[n] for every (cache, rows), where the row has a slot."""
+    """cache[slot of row n] = rows[n] for every (cache, rows), where the row has a slot; rounded
+    to the cache's dtype."""
     slots, used = _used(kv_slots)
     for cache, rows in writes:
         rows = rows if used is None else rows.index_select(0, used)
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
+        rows = as_bytes(narrowed(rows, cache.dtype))
+        as_bytes(cache).view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
 
 
 @remember_last

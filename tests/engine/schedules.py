@@ -42,7 +42,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One engine's life. ``ks``: K of each step, repeated."""
+    """One engine's life. ``ks``: K of each step, repeated; ``cache_dtype``: of both caches."""
 
     model_seed: int
     block_size: int
@@ -58,6 +58,7 @@ class Schedule:
     narrow: bool
     tight: bool
     wishes: tuple[Wish, ...]
+    cache_dtype: str = "auto"
 
 
 @dataclass
@@ -106,6 +107,8 @@ def make_engine(schedule: Schedule, dtype: torch.dtype, plain: bool) -> Engine:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 400,
         "enable_prefix_caching": False,
+        "kv_cache_dtype": schedule.cache_dtype,
+        "index_cache_dtype": schedule.cache_dtype,
         "log_stats_every": 0,
     }
     if plain:

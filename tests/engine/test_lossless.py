@@ -6,6 +6,7 @@ sampling parameter. The schedules are drawn by hypothesis from a fixed seed.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,3 +42,11 @@ def test_float64(part: int) -> None:
 @given(schedules())
 def test_float32(schedule: Schedule) -> None:
     check_lossless(schedule, torch.float32)
+
+
+@seed(200)
+@settings(SETTINGS, max_examples=8 * SCALE)
+@given(schedules())
+def test_fp8_caches(schedule: Schedule) -> None:
+    """Whoever writes a key rounds it the same way, so that who wrote it makes no difference."""
+    check_lossless(replace(schedule, cache_dtype="fp8"), torch.float64)

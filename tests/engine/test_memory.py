@@ -82,6 +82,20 @@ def test_blocks_fill_what_is_left():
     assert made.max_model_len == 96
 
 
+@pytest.mark.parametrize("kv", ["auto", "bfloat16", "fp8"])
+@pytest.mark.parametrize("index", ["auto", "fp8"])
+def test_narrower_caches_are_more_blocks(kv: str, index: str):
+    """The budget is that of the memory that is allocated, whatever its dtypes."""
+    made = engine(None, kv_cache_dtype=kv, index_cache_dtype=index, kv_cache_gib=0.01)
+    regions = made.runner.kv_regions()
+    assert made.pool.num_blocks == int(0.01 * 2**30) // sum(r.bytes_per_block for r in regions)
+    sizes = {"auto": 8, "bfloat16": 2, "fp8": 1}
+    for region in regions:
+        kind = index if "index" in region.name else "auto" if "carry" in region.name else kv
+        assert region.tensor.element_size() == sizes[kind], region.name
+    assert {r.name for r in regions} >= {"target.0.k", "target.3.v", "target.1.index_k", "draft.v"}
+
+
 def test_the_measured_engine_answers_as_another():
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     expected, got = (

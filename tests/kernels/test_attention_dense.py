@@ -37,6 +37,21 @@ def test_bf16(device):
     compare(attention_dense, q, *kv.caches, *where, 0.2, ulps=4, floor=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_narrower_caches(cache_dtype, dtype, device):
+    kv = paged((67, 5), 16, (2, 32), (2, 32), dtype=cache_dtype, device=device)
+    positions = kv.uniform(2)
+    q = torch.randn(len(positions), 8, 32, device=device).to(dtype)
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    compare(attention_dense, q, *kv.caches, *where, 0.2, ulps=4, floor=0.1)
+    q_lens = (3, 1)
+    positions, sums = kv.ragged(q_lens, 1)
+    q = torch.randn(len(positions), 8, 32, device=device).to(dtype)
+    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
+    compare(attention_dense_ragged, q, *kv.caches, *where, 0.2, ulps=4, floor=0.1)
+
+
 def test_no_row_and_no_key(device):
     kv = paged((7, 0), 4, (2, 16), (2, 16), device=device)
     q = torch.randn(2, 4, 16, device=device)
@@ -77,6 +92,13 @@ def test_raises(device):
     kv = paged((7, 3), 4, (2, 16), (2, 16), device=device)
     where = (kv.block_tables, kv.seq_lens, kv.max_seq_len)
     q = torch.randn(3, 4, 16, device=device)
-    for rows in (q, q[:2, :3], q[:2].double()):
+    half = [cache.half() for cache in kv.caches]
+    for rows, caches in (
+        (q, kv.caches),
+        (q[:2, :3], kv.caches),
+        (q[:2].double(), kv.caches),
+        (q[:2], half),
+        (q[:2], [kv.caches[0], half[1]]),
+    ):
         with pytest.raises(ValueError, match="attention_dense"):
-            attention_dense.kernel(rows, *kv.caches, kv.uniform(1)[: len(rows)], *where, 0.2)
+            attention_dense.kernel(rows, *caches, kv.uniform(1)[: len(rows)], *where, 0.2)

@@ -37,9 +37,16 @@ def test_uniform(rows, topk, block_size, heads, groups, dim, device):
     assert out[-1].eq(0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_m3(dtype, device):
-    kv = paged((2500,), 128, (4, 128), (4, 128), dtype=dtype, device=device)
+@pytest.mark.parametrize(
+    "dtype, cache_dtype",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float8_e4m3fn),
+    ],
+)
+def test_m3(dtype, cache_dtype, device):
+    kv = paged((2500,), 128, (4, 128), (4, 128), dtype=cache_dtype, device=device)
     positions = kv.uniform(1)
     ids = selection(positions, 4, 128, 16)
     q = torch.randn(1, 64, 128, device=device).to(dtype)
@@ -68,6 +75,16 @@ def test_ragged(block_size, device):
     where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
     out = compare(attention_sparse_ragged, q, *kv.caches, ids, *where, 0.2)
     assert out[-2:].eq(0).all()
+
+
+def test_ragged_fp8(device):
+    kv = paged((50, 9), 16, (2, 16), (2, 16), dtype=torch.float8_e4m3fn, device=device)
+    q_lens = (5, 2)
+    positions, sums = kv.ragged(q_lens, 1)
+    ids = selection(positions, 2, 16, 3)
+    q = torch.randn(len(positions), 4, 16, device=device)
+    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
+    compare(attention_sparse_ragged, q, *kv.caches, ids, *where, 0.2)
 
 
 def test_raises(device):

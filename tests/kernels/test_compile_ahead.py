@@ -20,7 +20,8 @@ def compilers(tmp_path_factory):
     """One process a device, side by side: this one may have defined the kernels for the
     interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parents[1])
+    paths = (str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
     environment["OMP_NUM_THREADS"] = "1"
 
@@ -48,7 +49,7 @@ def test_compiles_and_fits(compilers):
         out, err = process.communicate()
         assert process.returncode == 0, f"{arch}: {err[-2000:]}"
         programs = [json.loads(line) for line in out.splitlines()]
-        assert len(programs) > 40
+        assert len(programs) > 55
         too_big = [p for p in programs if p["shared_bytes"] > SHARED_BYTES[arch]]
         assert not too_big, arch
         spilling = [p for p in programs if p["scratch_bytes"]]

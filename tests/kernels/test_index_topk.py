@@ -33,6 +33,16 @@ def test_bf16_and_a_broken_key(device):
     assert scores[0, :, 3].eq(torch.tensor(-1e30)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8(dtype, device):
+    kv = paged((70, 131), 8, (32,), dtype=torch.float8_e4m3fn, device=device)
+    positions = kv.uniform(2)
+    q = torch.randn(len(positions), 2, 32, device=device).to(dtype)
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    compare(block_scores, q, kv.caches[0], *where)
+    compare(index_topk, q, kv.caches[0], *where, 3, 0, 1)
+
+
 @pytest.mark.parametrize("block_size", [4, 128])
 def test_ragged(block_size, device):
     kv = paged(LENGTHS, block_size, (24,), device=device)

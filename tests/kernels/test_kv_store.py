@@ -9,7 +9,11 @@ from eaglerun.kernels.reference.rope import rope_table
 SHAPES = [(8, 2, 32, 16, 16), (3, 3, 24, 12, 6), (17, 1, 16, 16, 16), (64, 4, 128, 128, 64)]
 
 
-def rows_of(count, H, G, D, Di, rotary, dtype, device):
+FP8 = torch.float8_e4m3fn
+
+
+def rows_of(count, H, G, D, Di, rotary, dtype, device, cache_dtype=None):
+    cache_dtype = cache_dtype or dtype
     columns = (H + 2 * G) * D + (G + 1) * Di
     qkv = torch.randn(count, columns + 5, device=device).to(dtype)[:, :columns]
     positions = torch.randint(0, 90, (count,), device=device)
@@ -18,8 +22,8 @@ def rows_of(count, H, G, D, Di, rotary, dtype, device):
         positions[1], slots[1] = -1, -1
     norms = [torch.randn(n, device=device).to(dtype) for n in (D, D, Di, Di)]
     table = rope_table(70, rotary, 1e4, device, torch.float32)
-    k, v = (torch.full((6, 8, G, D), float("nan"), device=device).to(dtype) for _ in range(2))
-    index_k = torch.full((6, 8, Di), float("nan"), device=device).to(dtype)
+    k, v = (torch.full((6, 8, G, D), float("nan"), device=device).to(cache_dtype) for _ in "kv")
+    index_k = torch.full((6, 8, Di), float("nan"), device=device).to(cache_dtype)
     return qkv, positions, slots, norms, table, k, v, index_k
 
 
@@ -43,8 +47,46 @@ def test_draft(heads, groups, dim, device):
     compare(draft_kv_store, main, positions, slots, table, k, v)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]])
+@pytest.mark.parametrize("cache_dtype", [FP8, torch.bfloat16])
+def test_narrower_caches(cache_dtype, shape, dtype, device):
+    H, G, D, _, _ = shape
+    qkv, positions, slots, norms, table, k, v, index_k = rows_of(
+        5, *shape, dtype, device, cache_dtype
+    )
+    # Keys beyond fp8's range, both ways.
+    norms[1] = norms[1] * 200
+    where = (positions, slots)
+    compare(kv_index_store, qkv, *where, *norms, table, 1e-6, k, v, index_k, ulps=2)
+    index_k = index_k.to(dtype)
+    compare(kv_index_store, qkv, *where, *norms, table, 1e-6, k, v, index_k, ulps=2)
+    main = qkv[:, : (H + 2 * G) * D]
+    kv_store.kernel(main, *where, *norms[:2], table, 1e-6, k, v)
+    if cache_dtype == FP8:
+        assert k.float().nan_to_num().abs().max() == 448
+
+
+def test_every_bf16_value_rounds_to_the_nearest_fp8(device):
+    """Ties to even, subnormals, saturation: as torch rounds what is clamped first."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    nan = values.isnan()
+    values[nan] = torch.nan
+    rows, nan, values = 16, nan.view(16, 16, 256).to(device), values.view(16, 16, 256).to(device)
+    qkv = torch.stack((torch.zeros_like(values), values), dim=1).view(rows, -1)
+    k, v = (torch.empty(rows, 1, 16, 256, dtype=FP8, device=device) for _ in "kv")
+    slots = torch.arange(rows, device=device)
+    table = rope_table(rows, 64, 1e4, device, torch.float32)
+    draft_kv_store.kernel(qkv, slots, slots, table, k, v)
+    expected = values.float().clamp(-448, 448).to(FP8)
+    expected, v = expected.view(torch.uint8), v[:, 0].view(torch.uint8)
+    assert torch.equal(v[~nan], expected[~nan])
+    assert (v[nan] & 0x7F).eq(0x7F).all()
+    assert k.float().eq(0).all()
+
+
 def test_raises(device):
     qkv, positions, slots, norms, table, k, v, _ = rows_of(2, *SHAPES[0], torch.float32, device)
-    for rows, cache in ((qkv[:, :40], k), (qkv[:, : 12 * 32], k.bfloat16())):
+    for rows, cache in ((qkv[:, :40], k), (qkv[:, : 12 * 32], k.half())):
         with pytest.raises(ValueError, match="kv_store"):
             kv_store.kernel(rows, positions, slots, *norms[:2], table, 1e-6, cache, v)

@@ -79,7 +79,7 @@ def test_speculative_config_as_in_vllm():
         (["--max_nun_seqs=3"], "unknown flag --max-nun-seqs; did you mean '--max-num-seqs'?"),
         (["-tp", "4"], "-tp is not in this build: this build runs on one GPU"),
         (["--tensor_parallel_size=2"], "--tensor-parallel-size is not in this build"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype is not in this build"),
+        (["--kv-cache-dtype", "int8"], "kv_cache_dtype = 'int8': allowed auto, bfloat16, fp8"),
         (["a", "b"], "'b' is one word too many"),
         (["a", "--model", "b"], "model is given twice: 'b', and 'a' by MODEL"),
         (["--max-num-seqs"], "argument --max-num-seqs.*: expected one argument"),

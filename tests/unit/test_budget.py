@@ -172,6 +172,14 @@ def test_kv_bytes():
     assert kv_budget(TARGET, MHA, dtype="float32").block_bytes == 2 * kv.block_bytes
 
 
+def test_caches_of_their_own_dtype():
+    kv = kv_budget(TARGET, MHA, None, "bfloat16", "float8_e4m3fn", "bfloat16")
+    assert (kv.main_bytes, kv.index_bytes) == (61_440, 14_592)
+    assert (kv.draft_bytes, kv.carry_bytes) == (4 * 4096, 12_288)
+    kv = kv_budget(TARGET, None, index_dtype="float8_e4m3fn")
+    assert (kv.main_bytes, kv.index_bytes) == (122_880, 7_296)
+
+
 def test_shared_selections_need_no_index_keys():
     shared = tuple(i > 3 and (i - 3) % 4 != 0 for i in range(60))
     kv = kv_budget(replace(TARGET, index_shared=shared), None)
@@ -244,7 +252,7 @@ def test_a_refusal_shows_the_budget_and_what_to_change():
         "Change one or more of:",
         f"  max_model_len: {blocks * 128} fits",
         "  gpu_memory_utilization: 0.901 fits",
-        "  kv_cache_dtype = fp8: one sequence then takes 14.566 GiB",
+        "  kv_cache_dtype, index_cache_dtype = fp8: it then takes 14.566 GiB",
         "  max_num_batched_tokens, max_num_seqs: a step then needs less",
     ]
 
