@@ -123,38 +123,42 @@ def publish(engine: Engine, prompt: Sequence[int]) -> None:
 
 def run(bench: Workbench) -> None:
     """One row for each K, context and batch."""
-    options = bench.options
-    table = Table("contexts", COLUMNS, options.out, bench.settings)
-    batches = options.concurrency or BATCHES
-    limit = bench.models.target.spec.max_position_embeddings
-    length = min(longest(options.contexts, options.num_steps, max(bench.num_drafts)), limit)
+    table = Table("contexts", COLUMNS, bench.options.out, bench.settings)
     for k in bench.num_drafts:
-        if not bench.in_time(f"contexts with K = {k}"):
-            continue
-        bench.drop_engines()
-        size = bench.kv_budget(k > 0).block_size
-        # Of a sequence beside its context: what it decodes, and a block that drafting reserves.
-        spare = -(-_output_len(options.num_steps, k) // size) + 2
-        wanted = max(n * (c // size + spare) for c in options.contexts for n in batches)
-        blocks = min(wanted, bench.free_blocks(k > 0, RESERVED_BYTES))
-        engine = bench.engine(
-            k > 0,
-            max(batches),
-            max_model_len=min(length, blocks * size),
-            num_kv_blocks=blocks,
-            prefix_caching=True,
-        )
-        fill_memory(engine, bench.config.model.seed)
-        say(f"{blocks} KV blocks of {size} tokens hold random numbers")
-        for context in options.contexts:
-            for n in batches:
-                fits = min(n, blocks // (context // size + spare))
-                if not fits:
-                    bench.skip(f"context {context}", f"{blocks} KV blocks do not hold one")
-                elif bench.in_time(f"context {context}, batch {n}, K = {k}"):
-                    table.add(_measure(bench, engine, context, n, fits, k))
+        if bench.in_time(f"contexts with K = {k}"):
+            # The engine of the last K must be gone before the next one's memory is sized.
+            bench.drop_engines()
+            _run_k(bench, k, table)
     bench.drop_engines()
     print(table.to_text())
+
+
+def _run_k(bench: Workbench, k: int, table: Table[Row]) -> None:
+    options = bench.options
+    batches = options.concurrency or BATCHES
+    size = bench.kv_budget(k > 0).block_size
+    # Of a sequence beside its context: what it decodes, and a block that drafting reserves.
+    spare = -(-_output_len(options.num_steps, k) // size) + 2
+    wanted = max(n * (c // size + spare) for c in options.contexts for n in batches)
+    blocks = min(wanted, bench.free_blocks(k > 0, RESERVED_BYTES))
+    limit = bench.models.target.spec.max_position_embeddings
+    length = min(longest(options.contexts, options.num_steps, max(bench.num_drafts)), limit)
+    engine = bench.engine(
+        k > 0,
+        max(batches),
+        max_model_len=min(length, blocks * size),
+        num_kv_blocks=blocks,
+        prefix_caching=True,
+    )
+    fill_memory(engine, bench.config.model.seed)
+    say(f"{blocks} KV blocks of {size} tokens hold random numbers")
+    for context in options.contexts:
+        for n in batches:
+            fits = min(n, blocks // (context // size + spare))
+            if not fits:
+                bench.skip(f"context {context}", f"{blocks} KV blocks do not hold one")
+            elif bench.in_time(f"context {context}, batch {n}, K = {k}"):
+                table.add(_measure(bench, engine, context, n, fits, k))
 
 
 def _prompts(bench: Workbench, context: int, count: int) -> list[tuple[int, ...]]:

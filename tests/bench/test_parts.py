@@ -1,6 +1,7 @@
 """Every part of the benchmark from end to end, on a tiny random pair."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,25 @@ def test_what_does_not_fit_is_shrunk_and_said(
     found = bench(tmp_path, "contexts", "--context=30", "--num-drafts=0", "--concurrency=3")
     assert [(r["wanted"], r["batch"]) for r in found["contexts"]] == [(3, 2)]
     assert "| 2 (of 3) |" in (tmp_path / "contexts.md").read_text()
+
+
+def test_memory_is_sized_without_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[weakref.ref[Engine]] = []
+    alive: list[int] = []
+
+    def watched(*args: object) -> Engine:
+        new = Engine(*args)
+        made.append(weakref.ref(new))
+        return new
+
+    def free_blocks(*_: object) -> int:
+        alive.append(sum(ref() is not None for ref in made))
+        return 50
+
+    monkeypatch.setattr(workbench, "Engine", watched)
+    monkeypatch.setattr(workbench.Workbench, "free_blocks", free_blocks)
+    bench(tmp_path, "latency,contexts,prefill", "--context=30", "--concurrency=1")
+    assert len(made) == 5 and alive == [0, 0]
 
 
 def test_throughput_counts_every_token(tmp_path: Path):
