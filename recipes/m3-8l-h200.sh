@@ -5,13 +5,15 @@
 # PARTs, in the order of their worth; without any all of them:
 #   gqa      latency, fill, profile, contexts, prefill and throughput with the GQA draft, ~4 min
 #   mha      latency with the MHA draft, ~1 min
+#   fp8      decode steps at the longest context with KV and index keys in fp8, ~1 min
 #   kernels  every kernel alone, ~2 min
-# EAGLERUN is the command, PRESET and FLAGS replace the preset and add flags (on a small machine).
+# EAGLERUN is the command; on a small machine, PRESET is another preset, FLAGS are added to each
+# command and LONGEST is fp8's context.
 set -u
 dir=${1:?usage: $0 DIR [PART ...]}
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(gqa mha kernels)
+[ ${#parts[@]} -gt 0 ] || parts=(gqa mha fp8 kernels)
 read -ra eaglerun <<<"${EAGLERUN:-eaglerun}"
 read -ra flags <<<"${FLAGS:-}"
 preset=${PRESET:-m3-8l-h200}
@@ -47,9 +49,13 @@ for part in "${parts[@]}"; do
     mha)
       measure mha 120 latency --config "$preset-mha" --num-drafts 3 "${peaks[@]}"
       ;;
+    fp8)
+      measure fp8 120 contexts --config "$preset" --kv-cache-dtype fp8 --index-cache-dtype fp8 \
+        --context "${LONGEST:-131072}" --concurrency 8 --concurrency 32 "${peaks[@]}"
+      ;;
     kernels) measure kernels 240 kernels ;;
     *)
-      echo "$part: allowed gqa, mha, kernels"
+      echo "$part: allowed gqa, mha, fp8, kernels"
       exit 2
       ;;
   esac

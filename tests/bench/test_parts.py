@@ -115,6 +115,15 @@ def test_what_does_not_fit_is_shrunk_and_said(
     assert "| 2 (of 3) |" in (tmp_path / "contexts.md").read_text()
 
 
+def test_long_contexts_in_fp8_read_fewer_bytes(tmp_path: Path):
+    flags = ("--context=50", "--concurrency=1", "--num-drafts=0", "--bandwidth-gb-s=1")
+    (wide,) = bench(tmp_path, "contexts", *flags)["contexts"]
+    fp8 = ("--kv-cache-dtype=fp8", "--index-cache-dtype=fp8")
+    (narrow,) = bench(tmp_path, "contexts", *flags, *fp8)["contexts"]
+    # The tiny pair is in float64.
+    assert narrow["kv_ms"] == pytest.approx(wide["kv_ms"] / 8)
+
+
 def test_memory_is_sized_without_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[weakref.ref[Engine]] = []
     alive: list[int] = []

@@ -38,7 +38,7 @@ def test_every_command_of_the_h200_script_parses(tmp_path: Path, monkeypatch: py
         for path in (config.model.model, config.model.draft):
             assert preset is None or (ROOT / str(path) / "config.json").is_file()
     assert measured == set(PARTS)
-    assert presets == ["m3-8l-h200", "m3-8l-h200-mha", None]
+    assert presets == ["m3-8l-h200", "m3-8l-h200-mha", "m3-8l-h200", None]
     assert (tmp_path / "run.log").is_file() and (tmp_path / "tables.md").is_file()
 
 
