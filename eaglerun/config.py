@@ -199,6 +199,9 @@ class SchedulingConfig(Checked):
         "is captured, else no padding",
     )
     enforce_eager: bool = option(False, "on a GPU: launch every kernel anew, capture no graphs")
+    overlap_kernels: bool = option(
+        False, "on a Hopper GPU: let a kernel start while the one before it ends"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,7 @@ class Engine:
             processed_logprobs=config.output.logprobs_mode == "processed",
             decode_batch_sizes=sizes,
             capture=not scheduling.enforce_eager,
+            overlap_kernels=scheduling.overlap_kernels,
             graph_bytes=None,
             scripted_drafts=config.speculation.scripted == "drafts",
             scripted_tokens=config.speculation.scripted == "tokens",

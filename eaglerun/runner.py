@@ -20,6 +20,7 @@ from eaglerun.graphs import Graphs
 from eaglerun.kernels.accept import move_on, window
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_inputs import kv_slots_of, verify_inputs
+from eaglerun.kernels.launch import overlapping
 from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import (
     AttentionBatch,
@@ -83,6 +84,7 @@ class RunnerOptions:
     decode_batch_sizes: tuple[int, ...]
     capture: bool
     graph_bytes: int | None
+    overlap_kernels: bool
     scripted_drafts: bool
     scripted_tokens: bool
     keep_aux: bool
@@ -164,6 +166,10 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step. Plans must come in the order they were made."""
+        with overlapping(self.options.overlap_kernels):
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> PendingStep:
         for admission in plan.admissions:
             self.state.admit(admission, self.options.eos_token_ids, self.block_carry)
         for update in plan.blocks:

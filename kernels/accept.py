@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import jit, power_of_2, require, tl
+from eaglerun.kernels.language import begin, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import accept as reference
 
@@ -22,7 +22,9 @@ def _accept_kernel(
     num_drafts_step,
     K,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     num_drafts = tl.load(num_drafts_ptr + b * num_drafts_step)
     j = tl.arange(0, BLOCK_K)
@@ -50,7 +52,9 @@ def _move_on_kernel(
     kept_row,
     rows,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + b * slots_step)
     accepted = tl.load(accepted_ptr + b)
@@ -70,7 +74,9 @@ def _move_on_kernel(
 def _window_kernel(
     source_ptr, slots_ptr, start_ptr, out_ptr, source_row, slots_step, width, count,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + b * slots_step)
     j = tl.arange(0, BLOCK)

@@ -17,6 +17,7 @@ from eaglerun.kernels import paired
 from eaglerun.kernels.language import (
     CACHES,
     FLOATS,
+    begin,
     cdiv,
     dot_dtype,
     jit,
@@ -138,7 +139,9 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     TOKENS: tl.constexpr = BLOCK_M // RATIO
     tile = tl.program_id(0)
     group = tl.program_id(1) % G
@@ -211,9 +214,11 @@ def merge_kernel(
     CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Join the splits of one (row, head): weights 2^(lse - max). CHUNK 0: every split was
     written; else those whose first chunk holds a key of the row."""
+    begin(OVERLAP)
     at = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     if CHUNK:

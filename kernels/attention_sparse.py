@@ -18,7 +18,7 @@ from eaglerun.kernels.attention_dense import (
     parts,
     ragged_output,
 )
-from eaglerun.kernels.language import cdiv, dot_dtype, jit, power_of_2, require, tl
+from eaglerun.kernels.language import begin, cdiv, dot_dtype, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import attention_sparse as reference
 
@@ -53,7 +53,9 @@ def _attention_sparse_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     group = tl.program_id(1) % G
     split = tl.program_id(1) // G
     b = tl.program_id(2).to(tl.int64)

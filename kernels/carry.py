@@ -4,15 +4,23 @@
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import cdiv, jit, require, tl
+from eaglerun.kernels.language import begin, cdiv, jit, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import carry as reference
 
 
 @jit
 def _store_carry_kernel(
-    hidden_ptr, slots_ptr, carry_ptr, hidden_row, width, block_size, BLOCK: tl.constexpr
+    hidden_ptr,
+    slots_ptr,
+    carry_ptr,
+    hidden_row,
+    width,
+    block_size,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot < 0:

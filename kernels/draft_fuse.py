@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import FLOATS, jit, power_of_2, require, tl
+from eaglerun.kernels.language import FLOATS, begin, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import draft_fuse as reference
 from eaglerun.kernels.rmsnorm import MAX_ROW, rmsnorm
@@ -23,7 +23,9 @@ def _dual_rmsnorm_cat_kernel(
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     live = d < D

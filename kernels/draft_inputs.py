@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import cdiv, jit, power_of_2, require, tl
+from eaglerun.kernels.language import begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import draft_inputs as reference
 
@@ -22,7 +22,9 @@ def _slots(positions, live, b, table_ptr, table_row, block_size):
 def _kv_slots_kernel(
     positions_ptr, table_ptr, slots_ptr, position_row, table_row, block_size, rows,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     q = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     p = tl.load(positions_ptr + b * position_row + q, mask=q < rows, other=-1)
@@ -53,8 +55,10 @@ def _verify_inputs_kernel(
     rows,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (b, 0): the rows of sequence b; (b, 1 + i): a piece of its block table."""
+    begin(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + b * slots_step)
     piece = tl.program_id(1) - 1
@@ -95,7 +99,9 @@ def _draft_inputs_kernel(
     block_size,
     batch,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     b = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     live = b < batch
     num_propose = tl.load(num_propose_ptr + b * num_propose_step, mask=live, other=0)

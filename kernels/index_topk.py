@@ -5,7 +5,17 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import CACHES, FLOATS, cdiv, dot_dtype, jit, power_of_2, require, tl
+from eaglerun.kernels.language import (
+    CACHES,
+    FLOATS,
+    begin,
+    cdiv,
+    dot_dtype,
+    jit,
+    power_of_2,
+    require,
+    tl,
+)
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import index_topk as reference
 from eaglerun.kernels.vocab_argmax import index_of, ordered_key
@@ -38,11 +48,13 @@ def _block_scores_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Scores of PAGES blocks of keys for a tile of (row, group) pairs of one sequence.
 
     FILL: blocks without a key of the sequence get NO_SCORE too, else they are left alone.
     """
+    begin(OVERLAP)
     TOKENS: tl.constexpr = BLOCK_M // G
     first = tl.program_id(0) * PAGES
     tile = tl.program_id(1)
@@ -113,12 +125,14 @@ def _topk_blocks_kernel(
     ONE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """TOPK passes over one row's scores, each for the largest key below the one before.
 
     Nothing has to be kept sorted. ONE: the scores fit in a program's registers; else each pass
     reads them again, from the nearest cache.
     """
+    begin(OVERLAP)
     at = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + at // G).to(tl.int64)
     causal = tl.where(position >= 0, position // PAGE + 1, 0).to(tl.int32)

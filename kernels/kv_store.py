@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import CACHES, FLOATS, cdiv, jit, power_of_2, require, tl
+from eaglerun.kernels.language import CACHES, FLOATS, begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import kv_store as reference
 
@@ -111,7 +111,9 @@ def _kv_store_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     INDEX_REST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     position = tl.load(positions_ptr + row).to(tl.int64) - SHIFT

@@ -39,6 +39,53 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return triton.jit(kernel) if INSTALLED else _Missing(kernel.__name__)
 
 
+@jit
+def let_next(OVERLAP: tl.constexpr):
+    """Let the programs of the next kernel start as soon as all of this one have.
+
+    They wait where they need what came before (wait_before). OVERLAP comes with the launch
+    setting that asks the driver for it (launch.overlapping); without it nothing happens here.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def wait_before(OVERLAP: tl.constexpr):
+    """Wait until all kernels before have ended and what they wrote can be read.
+
+    Before it a program may read only what no kernel writes (weights), and write nothing. Every
+    program that does anything waits, so that the end of one kernel is the end of all before it.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def begin(OVERLAP: tl.constexpr):
+    let_next(OVERLAP)
+    wait_before(OVERLAP)
+
+
+@jit
+def read_ahead(rows, BYTES: tl.constexpr, WARPS: tl.constexpr):
+    """Ask for the first BYTES of the rows that the pointers ``rows`` [R] name; nothing waits.
+
+    They come to the cache that all programs share, one request a thread.
+    """
+    PIECES: tl.constexpr = 32 * WARPS // rows.shape[0] if 32 * WARPS > rows.shape[0] else 1
+    SIZE: tl.constexpr = BYTES // PIECES
+    at = rows.to(tl.int64)[:, None] + (tl.arange(0, PIECES) * SIZE)[None, :]
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [at, tl.full(at.shape, SIZE, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return INSTALLED and bool(triton.knobs.runtime.interpret)

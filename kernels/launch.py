@@ -52,12 +52,19 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "route_logits_many": {
         "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
     },
-    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5},
+    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 2048, "num_warps": 4, "num_stages": 5},
     "moe_up_few": {
-        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
-        "num_warps": 4, "num_stages": 3,
+        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "AHEAD": 2048,
+        "SHARED_TILE": 1, "num_warps": 4, "num_stages": 3,
     },
     "moe_down_few": {"BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 3},
+    "moe_up_several": {
+        "BLOCK_T": 32, "EXTRA": 32, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 2,
+        "num_warps": 4, "num_stages": 4,
+    },
+    "moe_down_several": {
+        "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 2, "num_warps": 4, "num_stages": 4,
+    },
     "moe_up_some": {
         "BLOCK_T": 64, "EXTRA": 32, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4,
         "num_warps": 4, "num_stages": 3,
@@ -92,10 +99,11 @@ _WIDE: dict[str, Settings] = {
     **{
         f"moe_{product}_{regime}/4": {
             **({"BLOCK_T": 16 if regime == "few" else 32, "EXTRA": 0} if product == "up" else {}),
+            **({"SHARED_TILE": 1} if product == "up" and regime == "few" else {}),
             "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 1, "num_warps": 4, "num_stages": 1,
         }
         for product in ("up", "down")
-        for regime in ("few", "some", "many")
+        for regime in ("few", "several", "some", "many")
     },
 }  # fmt: skip
 
@@ -117,12 +125,19 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
     "route_logits_many": {
         "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2,
     },
-    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "num_warps": 4, "num_stages": 2},
     "moe_up_few": {
-        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
-        "num_warps": 4, "num_stages": 2,
+        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "AHEAD": 0,
+        "SHARED_TILE": 1, "num_warps": 4, "num_stages": 2,
     },
     "moe_down_few": {"BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 2},
+    "moe_up_several": {
+        "BLOCK_T": 32, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 2,
+        "num_warps": 4, "num_stages": 2,
+    },
+    "moe_down_several": {
+        "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 2, "num_warps": 4, "num_stages": 2,
+    },
     "moe_up_some": {
         "BLOCK_T": 64, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4,
         "num_warps": 4, "num_stages": 2,
@@ -141,23 +156,73 @@ TABLE: dict[str, dict[str, Settings]] = {
     "gfx950": _AMD | _WIDE,
 }
 
+# Where a kernel may start before the one ahead of it has ended (programmatic dependent launch).
+_CAN_OVERLAP = ("sm_90",)
+
 _forced: str | None = None
+_overlap = False
+_changed: dict[str, Settings] = {}
 
 
 def settings(name: str, x: Tensor) -> Settings:
     """The launch settings of ``name`` for the device and element size of x: a new dict.
 
+    OVERLAP is among them always; launch_pdl, which asks the driver for it, where it is on.
     Raises  ValueError on a device that is not in the table.
     """
-    table = TABLE[_arch_of(x)]
+    arch = _arch_of(x)
+    table = TABLE[arch]
     wide = table.get(f"{name}/4") if x.element_size() == 4 else None
-    return dict(table[name] if wide is None else wide)
+    found = dict(table[name]) | _changed.get(name, {}) if wide is None else dict(wide)
+    found["OVERLAP"] = overlaps(x)
+    if found["OVERLAP"]:
+        found["launch_pdl"] = True
+    return found
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether kernels on the device of x overlap the ends of those before them."""
+    return _overlap and not interpreting() and _arch_of(x) in _CAN_OVERLAP
+
+
+def ahead(weight: Tensor, row_bytes: int) -> int:
+    """How many bytes of each row of a weight to ask for ahead: ``row_bytes``, or 0 where its rows
+    are shorter or do not begin where such a request may."""
+    step, size = weight.stride(-2) * weight.element_size(), weight.element_size()
+    fits = row_bytes <= weight.shape[-1] * size and not step % 16 and not weight.data_ptr() % 16
+    return row_bytes if fits else 0
+
+
+@contextlib.contextmanager
+def overlapping(on: bool) -> Iterator[None]:
+    """Start kernels before the ones ahead of them have ended, where the device can."""
+    global _overlap
+    before, _overlap = _overlap, on
+    try:
+        yield
+    finally:
+        _overlap = before
+
+
+@contextlib.contextmanager
+def changed(name: str, **values: int) -> Iterator[None]:
+    """Other values for some settings of ``name``: trying them out."""
+    before = _changed.get(name)
+    _changed[name] = (before or {}) | values
+    try:
+        yield
+    finally:
+        _changed.pop(name)
+        if before is not None:
+            _changed[name] = before
 
 
 def moe_regime(x: Tensor, pairs: int, experts: int) -> str:
-    """few, some or many rows an expert: what reads weights, what is between, what computes."""
-    if pairs <= 8 * experts:
+    """few or several (what reads weights), some or many (what computes) rows an expert."""
+    if pairs <= 2 * experts:
         return "few"
+    if pairs <= 8 * experts:
+        return "several"
     return "some" if pairs <= 96 * experts else "many"
 
 

@@ -1,6 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The routed experts: pairs (row, expert) sorted into tiles of one expert, two grouped matrix
-products with the activation between them, and the weighted sum.
+"""The experts: pairs (row, expert) sorted into tiles of one expert, two grouped matrix products
+with the activation between them, and the weighted sum. Of few rows the shared expert is one more
+tile of all of them; of more it goes through the kernels of a dense layer. Its bits are the same.
 
 Everything is sized by shapes, never by how the rows were routed: a tile list long enough for any
 routing, whose unused end is marked -1 and skipped. A product is computed transposed, weights
@@ -12,10 +13,23 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import FLOATS, cdiv, dot_dtype, jit, power_of_2, require, tl
-from eaglerun.kernels.launch import moe_regime, settings
+from eaglerun.kernels.language import (
+    FLOATS,
+    begin,
+    cdiv,
+    dot_dtype,
+    jit,
+    let_next,
+    power_of_2,
+    read_ahead,
+    require,
+    tl,
+    wait_before,
+)
+from eaglerun.kernels.launch import ahead, moe_regime, settings
+from eaglerun.kernels.linear import linear
 from eaglerun.kernels.reference import moe_gemm as reference
-from eaglerun.kernels.swiglu_oai import clamped_swiglu
+from eaglerun.kernels.swiglu_oai import clamped_swiglu, swiglu_oai
 
 
 @jit
@@ -31,12 +45,14 @@ def _sort_kernel(
     BINS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program e lists the pairs of expert e, in order, in the tiles that are its own.
 
     Every program counts all experts for itself, which costs less than a launch to count them
     once. The last one, e = E, marks the tiles that nobody has.
     """
+    begin(OVERLAP)
     expert = tl.program_id(0)
     bin_id = tl.arange(0, BINS)
     count = tl.zeros([BINS], tl.int32)
@@ -72,41 +88,48 @@ def _sort_kernel(
 
 
 @jit
-def _tile(
-    tile_expert_ptr, ids_ptr, max_tiles, n_tiles, SORTED: tl.constexpr, GROUP: tl.constexpr
-):  # fmt: skip
-    """This program's expert (-1: none), row tile and column tile.
+def _tile(max_tiles, n_tiles, GROUP: tl.constexpr):
+    """This program's row tile and column tile.
 
     GROUP row tiles go through the column tiles together, so that tiles of one expert meet its
-    weights in the cache. Unsorted: there is one row, and pair i is tile i.
+    weights in the cache.
     """
     pid = tl.program_id(0)
     group = pid // (GROUP * n_tiles)
     size = tl.minimum(max_tiles - group * GROUP, GROUP)
     inner = pid % (GROUP * n_tiles)
-    tile = group * GROUP + inner % size
-    expert = tl.load((tile_expert_ptr if SORTED else ids_ptr) + tile)
-    return expert, tile, inner // size
+    return group * GROUP + inner % size, inner // size
 
 
 @jit
 def _pairs(
-    pairs_ptr, tile, SORTED: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
-    STRIDE: tl.constexpr,
+    pairs_ptr, tile, num_pairs, rows, shared, SORTED: tl.constexpr, START: tl.constexpr,
+    COUNT: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Pairs START .. START + COUNT of a tile, -1 where there is none."""
+    """Pairs START .. START + COUNT of a tile, -1 where there is none.
+
+    Unsorted: there is one row, and pair i is tile i. Those of the shared expert, one of each
+    row, come after the others.
+    """
     t = tl.arange(0, COUNT)
     if SORTED:
-        return tl.load(pairs_ptr + tile * STRIDE + START + t)
+        at = pairs_ptr + tile * STRIDE + START + t
+        found = tl.load(at, mask=t < tl.where(shared, 0, COUNT), other=-1)
     else:
-        return tl.where(t == 0, tile, -1)
+        found = tl.where(t == 0, tile, -1)
+    return tl.where(shared, tl.where(t < rows, num_pairs + t, -1), found)
 
 
 @jit
-def _x_at(x_ptr, x_row, pairs, topk, k):
-    """Where the rows of pairs begin, [k, pairs]."""
-    rows = tl.where(pairs >= 0, pairs // topk, 0).to(tl.int64)
-    return x_ptr + rows[None, :] * x_row + k[:, None]
+def _row_of(pair, num_pairs, topk):
+    """The row of x that a pair (-1: none, row 0) is of."""
+    return tl.where(pair < num_pairs, tl.maximum(pair, 0) // topk, pair - num_pairs)
+
+
+@jit
+def _at(x_ptr, x_row, rows, k):
+    """Where ``rows`` [R] begin, [k, R]."""
+    return x_ptr + tl.maximum(rows, 0).to(tl.int64)[None, :] * x_row + k[:, None]
 
 
 @jit
@@ -118,22 +141,25 @@ def _put(y_ptr, y, pairs, n, WIDTH: tl.constexpr):
 
 @jit
 def _up(
-    x_ptr, w_ptr, a_ptr, pairs, more, expert, n_tile, x_row, alpha, limit, beta, topk,
+    x_ptr, w_ptr, a_ptr, pairs, more, num_pairs, shared, n_tile, x_row, alpha, limit, beta, topk,
     H: tl.constexpr, I: tl.constexpr, DOT: tl.constexpr, WIDER: tl.constexpr,  # noqa: E741
     BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The activated columns of a tile's pairs, and WIDER: of ``more`` by the same weights."""
+    """The activated columns of a tile's pairs, and WIDER: of ``more`` by the same weights.
+
+    shared: the products are rounded before the activation, as between the kernels of a layer.
+    """
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Columns past the end read the last one, and are not stored.
     at = tl.minimum(n, I - 1)
-    gate_at = w_ptr + expert.to(tl.int64) * (2 * I * H) + at[:, None] * H + k[None, :]
+    gate_at = w_ptr + at[:, None] * H + k[None, :]
     up_at = gate_at + I * H
-    x_at = _x_at(x_ptr, x_row, pairs, topk, k)
+    x_at = _at(x_ptr, x_row, _row_of(pairs, num_pairs, topk), k)
     gate = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     if WIDER:
-        x2_at = _x_at(x_ptr, x_row, more, topk, k)
+        x2_at = _at(x_ptr, x_row, _row_of(more, num_pairs, topk), k)
         gate2 = tl.zeros([BLOCK_N, EXTRA], tl.float32)
         up2 = tl.zeros([BLOCK_N, EXTRA], tl.float32)
     for start in range(0, H, BLOCK_K):
@@ -157,6 +183,9 @@ def _up(
         x_at += BLOCK_K
         gate_at += BLOCK_K
         up_at += BLOCK_K
+    rounded: tl.constexpr = a_ptr.dtype.element_ty
+    gate = tl.where(shared, gate.to(rounded).to(tl.float32), gate)
+    up = tl.where(shared, up.to(rounded).to(tl.float32), up)
     _put(a_ptr, clamped_swiglu(gate, up, alpha, limit, beta), pairs, n, I)
     if WIDER:
         _put(a_ptr, clamped_swiglu(gate2, up2, alpha, limit, beta), more, n, I)
@@ -166,6 +195,7 @@ def _up(
 def _up_kernel(
     x_ptr,
     w_ptr,
+    shared_ptr,
     a_ptr,
     ids_ptr,
     tile_expert_ptr,
@@ -173,6 +203,8 @@ def _up_kernel(
     x_row,
     max_tiles,
     n_tiles,
+    num_pairs,
+    rows,
     alpha,
     limit,
     beta,
@@ -180,56 +212,75 @@ def _up_kernel(
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     SORTED: tl.constexpr,
+    SHARED: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
+    WARPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """a[pair, i] = activation(w[e, i] . x, w[e, I + i] . x).
 
     EXTRA: room for so many pairs more beside a full tile, by the same weights, so that an
-    expert's few last pairs do not cost a tile's reading of them; 0: none.
+    expert's few last pairs do not cost a tile's reading of them; 0: none. SHARED: the last tile
+    is the shared expert's, of all rows; AHEAD: so many bytes of its weight rows are on their way
+    while the others' experts are still being chosen.
     """
-    expert, tile, n_tile = _tile(tile_expert_ptr, ids_ptr, max_tiles, n_tiles, SORTED, GROUP)
+    let_next(OVERLAP)
+    tile, n_tile = _tile(max_tiles, n_tiles, GROUP)
+    shared = tile == (max_tiles - 1 if SHARED else -1)
+    if AHEAD:
+        if shared:
+            n = tl.minimum(n_tile * BLOCK_N + tl.arange(0, BLOCK_N), I - 1)
+            read_ahead(shared_ptr + n * H, AHEAD, WARPS)
+            read_ahead(shared_ptr + (I + n) * H, AHEAD, WARPS)
+    wait_before(OVERLAP)
+    chosen = (tile_expert_ptr if SORTED else ids_ptr) + tile
+    expert = tl.load(chosen, mask=tile < tl.where(shared, 0, max_tiles), other=0)
     if expert < 0:
         return
+    w_ptr += expert.to(tl.int64) * (2 * I * H)
+    if SHARED:
+        w_ptr = tl.where(shared, shared_ptr, w_ptr)
     stride: tl.constexpr = BLOCK_T + EXTRA
-    pairs = _pairs(pairs_ptr, tile, SORTED, 0, BLOCK_T, stride)
+    pairs = _pairs(pairs_ptr, tile, num_pairs, rows, shared, SORTED, 0, BLOCK_T, stride)
     if EXTRA > 0:
-        more = _pairs(pairs_ptr, tile, SORTED, BLOCK_T, EXTRA, stride)
+        more = _pairs(pairs_ptr, tile, num_pairs, rows, shared, SORTED, BLOCK_T, EXTRA, stride)
         if tl.max(more, axis=0) >= 0:
             _up(
-                x_ptr, w_ptr, a_ptr, pairs, more, expert, n_tile, x_row, alpha, limit, beta, topk,
-                H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+                x_ptr, w_ptr, a_ptr, pairs, more, num_pairs, shared, n_tile, x_row,
+                alpha, limit, beta, topk, H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _up(
-                x_ptr, w_ptr, a_ptr, pairs, pairs, expert, n_tile, x_row, alpha, limit, beta, topk,
-                H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+                x_ptr, w_ptr, a_ptr, pairs, pairs, num_pairs, shared, n_tile, x_row,
+                alpha, limit, beta, topk, H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         _up(
-            x_ptr, w_ptr, a_ptr, pairs, pairs, expert, n_tile, x_row, alpha, limit, beta, topk,
-            H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+            x_ptr, w_ptr, a_ptr, pairs, pairs, num_pairs, shared, n_tile, x_row,
+            alpha, limit, beta, topk, H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
 @jit
 def _down(
-    a_ptr, w_ptr, y_ptr, pairs, more, expert, n_tile,
+    a_ptr, w_ptr, y_ptr, pairs, more, n_tile,
     H: tl.constexpr, I: tl.constexpr, DOT: tl.constexpr, WIDER: tl.constexpr,  # noqa: E741
     BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     at = tl.minimum(n, H - 1)
-    w_at = w_ptr + expert.to(tl.int64) * (H * I) + at[:, None] * I + k[None, :]
-    a_at = _x_at(a_ptr, I, pairs, 1, k)
+    w_at = w_ptr + at[:, None] * I + k[None, :]
+    a_at = _at(a_ptr, I, pairs, k)
     y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     if WIDER:
-        a2_at = _x_at(a_ptr, I, more, 1, k)
+        a2_at = _at(a_ptr, I, more, k)
         y2 = tl.zeros([BLOCK_N, EXTRA], tl.float32)
     for start in range(0, I, BLOCK_K):
         inside = start + k < I
@@ -255,43 +306,55 @@ def _down(
 def _down_kernel(
     a_ptr,
     w_ptr,
+    shared_ptr,
     y_ptr,
     ids_ptr,
     tile_expert_ptr,
     pairs_ptr,
     max_tiles,
     n_tiles,
+    num_pairs,
+    rows,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     SORTED: tl.constexpr,
+    SHARED: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """y[pair, h] = w[e, h] . a[pair]; EXTRA as in _up_kernel."""
-    expert, tile, n_tile = _tile(tile_expert_ptr, ids_ptr, max_tiles, n_tiles, SORTED, GROUP)
+    """y[pair, h] = w[e, h] . a[pair]; EXTRA and SHARED as in _up_kernel."""
+    begin(OVERLAP)
+    tile, n_tile = _tile(max_tiles, n_tiles, GROUP)
+    shared = tile == (max_tiles - 1 if SHARED else -1)
+    chosen = (tile_expert_ptr if SORTED else ids_ptr) + tile
+    expert = tl.load(chosen, mask=tile < tl.where(shared, 0, max_tiles), other=0)
     if expert < 0:
         return
+    w_ptr += expert.to(tl.int64) * (H * I)
+    if SHARED:
+        w_ptr = tl.where(shared, shared_ptr, w_ptr)
     stride: tl.constexpr = BLOCK_T + EXTRA
-    pairs = _pairs(pairs_ptr, tile, SORTED, 0, BLOCK_T, stride)
+    pairs = _pairs(pairs_ptr, tile, num_pairs, rows, shared, SORTED, 0, BLOCK_T, stride)
     if EXTRA > 0:
-        more = _pairs(pairs_ptr, tile, SORTED, BLOCK_T, EXTRA, stride)
+        more = _pairs(pairs_ptr, tile, num_pairs, rows, shared, SORTED, BLOCK_T, EXTRA, stride)
         if tl.max(more, axis=0) >= 0:
             _down(
-                a_ptr, w_ptr, y_ptr, pairs, more, expert, n_tile,
+                a_ptr, w_ptr, y_ptr, pairs, more, n_tile,
                 H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _down(
-                a_ptr, w_ptr, y_ptr, pairs, pairs, expert, n_tile,
+                a_ptr, w_ptr, y_ptr, pairs, pairs, n_tile,
                 H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         _down(
-            a_ptr, w_ptr, y_ptr, pairs, pairs, expert, n_tile,
+            a_ptr, w_ptr, y_ptr, pairs, pairs, n_tile,
             H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -308,13 +371,17 @@ def _combine_kernel(
     H,
     SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    """out[n] = shared[n] + sum_j weights[n, j] y[n, j], shared rounded as a layer's output is."""
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = h < H
     total = tl.zeros([BLOCK], tl.float32)
     if SHARED:
-        total += tl.load(shared_ptr + row * shared_row + h, mask=live, other=0.0).to(tl.float32)
+        own = tl.load(shared_ptr + row * shared_row + h, mask=live, other=0.0)
+        total += own.to(out_ptr.dtype.element_ty).to(tl.float32)
     for j in range(0, topk):
         pair = row * topk + j
         real = tl.load(ids_ptr + pair) >= 0
@@ -334,26 +401,30 @@ def moe_gemm(
     alpha: float,
     limit: float,
     beta: float,
-    shared: Tensor | None = None,
+    shared_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of each row's experts, and the shared expert's output.
 
     a[n, j] = round(swiglu_oai(w13[ids[n, j]] x[n])), the product unrounded
-    y[n] = shared[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once (where there are
-    many rows an expert, each product is rounded to x.dtype before the sum). ids of -1 add
-    nothing, and x[n] is not used where all are -1. No weight of an expert that is in no id is
-    read.
+    y[n] = s[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once (where there are many
+    rows an expert, each product is rounded to x.dtype before the sum); s[n] is the dense layer
+    round(shared_down round(swiglu_oai(round(shared_up x[n])))). ids of -1 add nothing. No weight
+    of an expert that is in no id is read; without a shared expert x[n] is not used where all ids
+    are -1.
 
     Shapes  x [N, H], last dim contiguous; w13 [E, 2 I, H], gate rows then up rows; w2 [E, H, I];
-            ids [N, topk] int32, weights [N, topk] fp32; all contiguous; shared [N, H] or None
-            (zero); returns [N, H]. E < 1024. N may be 0.
-    Dtypes  x, w13, w2, shared alike: bf16, fp16 or fp32; products and sums in fp32; a and y round
-            to x.dtype.
+            ids [N, topk] int32, weights [N, topk] fp32; shared_up [2 Is, H] and shared_down
+            [H, Is], or both None; all contiguous; returns [N, H]. E < 1024. N may be 0.
+    Dtypes  x and all weight matrices alike: bf16, fp16 or fp32; products and sums in fp32; a and
+            y round to x.dtype.
     Error   2 ulp of x.dtype at the row's largest value: fp32 sums in another order. Up to 8 pairs
-            an expert (N topk <= 8 E, the launch table's "few") a row's bits depend neither on
-            the number of rows nor on who else visits its experts.
+            an expert (N topk <= 8 E, the launch table's "few" and "several"), with a shared
+            expert up to 64 rows, a row's bits depend neither on the number of rows nor on who
+            else visits its experts.
     Raises  ValueError on another shape, stride or dtype.
-    Source  MiniMaxM3VLExperts (transformers 5.23, models/minimax_m3_vl).
+    Source  MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock (transformers 5.23,
+            models/minimax_m3_vl).
     """
     rows, hidden = x.shape
     experts, width = w13.shape[0], w13.shape[1] // 2
@@ -369,17 +440,15 @@ def moe_gemm(
         and x.stride(1) == 1
         and all(t.is_contiguous() for t in (w13, w2, ids, weights))
         and experts < 1024
-        and (
-            shared is None
-            or (shared.shape == x.shape and shared.dtype == x.dtype and shared.stride(1) == 1)
-        ),
+        and _is_layer(shared_up, shared_down, x),
         "moe_gemm",
         x=x,
         w13=w13,
         w2=w2,
         ids=ids,
         weights=weights,
-        shared=shared,
+        shared_up=shared_up,
+        shared_down=shared_down,
     )
     out = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     if not rows:
@@ -388,14 +457,26 @@ def moe_gemm(
     regime = moe_regime(x, pairs, experts)
     up, down = settings(f"moe_up_{regime}", x), settings(f"moe_down_{regime}", x)
     block_t, extra = up["BLOCK_T"], up["EXTRA"]
+    # The shared expert as a tile of its own, where one holds all rows.
+    fused = (
+        bool(up.pop("SHARED_TILE", 0))
+        and rows <= block_t
+        and shared_down is not None
+        and shared_down.shape[1] == width
+    )
+    shared: Tensor | None = None
+    if shared_up is not None and shared_down is not None and not fused:
+        gate_up = linear.kernel(x, shared_up)
+        shared = linear.kernel(swiglu_oai.kernel(gate_up, alpha, limit, beta), shared_down)
     # sum_e ceil(c_e / T) over at most min(pairs, E) visited experts.
     max_tiles = min(pairs, experts + pairs // block_t)
     tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=device)
     order = torch.empty(max_tiles * (block_t + extra), dtype=torch.int32, device=device)
-    activated = torch.empty(pairs, width, dtype=x.dtype, device=device)
+    all_pairs = pairs + rows if fused else pairs
+    activated = torch.empty(all_pairs, width, dtype=x.dtype, device=device)
     # Many rows write and read their products as bytes that count; few do not.
     wide = torch.float32 if regime != "many" else x.dtype
-    product = torch.empty(pairs, hidden, dtype=wide, device=device)
+    product = torch.empty(all_pairs, hidden, dtype=wide, device=device)
     if rows > 1:
         _sort_kernel[(experts + 1,)](
             ids,
@@ -410,17 +491,26 @@ def moe_gemm(
             BLOCK_S=power_of_2(block_t + extra),
             **settings("moe_sort", x),
         )
-    tiles = (tile_expert, order)
+    tiles = max_tiles + 1 if fused else max_tiles
     n_tiles = cdiv(width, up["BLOCK_N"])
-    _up_kernel[(max_tiles * n_tiles,)](
+    up["AHEAD"] = (
+        ahead(shared_up, up.get("AHEAD", 0))
+        if fused and shared_up is not None and up["OVERLAP"]
+        else 0
+    )
+    _up_kernel[(tiles * n_tiles,)](
         x,
         w13,
+        w13 if shared_up is None else shared_up,
         activated,
         ids,
-        *tiles,
+        tile_expert,
+        order,
         x.stride(0),
-        max_tiles,
+        tiles,
         n_tiles,
+        pairs,
+        rows,
         alpha,
         limit,
         beta,
@@ -428,26 +518,35 @@ def moe_gemm(
         H=hidden,
         I=width,
         SORTED=rows > 1,
+        SHARED=fused,
         DOT=dot_dtype(x.dtype),
+        WARPS=up["num_warps"],
         **up,
     )
     n_tiles = cdiv(hidden, down["BLOCK_N"])
-    _down_kernel[(max_tiles * n_tiles,)](
+    _down_kernel[(tiles * n_tiles,)](
         activated,
         w2,
+        w2 if shared_down is None else shared_down,
         product,
         ids,
-        *tiles,
-        max_tiles,
+        tile_expert,
+        order,
+        tiles,
         n_tiles,
+        pairs,
+        rows,
         H=hidden,
         I=width,
         SORTED=rows > 1,
+        SHARED=fused,
         DOT=dot_dtype(x.dtype),
         BLOCK_T=block_t,
         EXTRA=extra,
         **down,
     )
+    if fused:
+        shared = product[pairs:]
     launch = settings("moe_combine", x)
     _combine_kernel[(rows, cdiv(hidden, launch["BLOCK"]))](
         product,
@@ -462,3 +561,16 @@ def moe_gemm(
         **launch,
     )
     return out
+
+
+def _is_layer(up: Tensor | None, down: Tensor | None, x: Tensor) -> bool:
+    """Whether the two are the weights of one layer over x, or both absent."""
+    if up is None or down is None:
+        return up is None and down is None
+    return (
+        up.shape == (2 * down.shape[1], x.shape[1])
+        and down.shape[0] == x.shape[1]
+        and up.dtype == down.dtype == x.dtype
+        and up.is_contiguous()
+        and down.is_contiguous()
+    )

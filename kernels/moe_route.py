@@ -7,6 +7,7 @@ from torch import Tensor
 from eaglerun.kernels import paired
 from eaglerun.kernels.language import (
     FLOATS,
+    begin,
     cdiv,
     dot_dtype,
     interpreting,
@@ -35,12 +36,14 @@ def _logits_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """part[n, split, e] = x[n] . gate[e] over the split's columns, to fp32 accuracy.
 
     A bf16 x meets the fp32 gate as three bf16 numbers that sum to it (3 * 8 bits hold its 24),
     whose products are exact, so that the tensor cores do.
     """
+    begin(OVERLAP)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     split = tl.program_id(2)
@@ -85,8 +88,10 @@ def _choose_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The choice of one row. COUNT: it is the only row, and its experts are counted here."""
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     e = tl.arange(0, BLOCK_E)
@@ -122,8 +127,11 @@ def _choose_kernel(
 
 
 @jit
-def _count_kernel(ids_ptr, count_ptr, pairs, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
+def _count_kernel(
+    ids_ptr, count_ptr, pairs, E, BLOCK: tl.constexpr, BINS: tl.constexpr, OVERLAP: tl.constexpr
+):
     """count += the number of distinct ids in 0 .. E - 1."""
+    begin(OVERLAP)
     bins = tl.zeros([BINS], tl.int32)
     for start in range(0, pairs, BLOCK):
         p = start + tl.arange(0, BLOCK)

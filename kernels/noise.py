@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import cdiv, jit, power_of_2, require, tl
+from eaglerun.kernels.language import begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import noise as reference
 
@@ -66,7 +66,9 @@ def _uniform_kernel(
 def _gumbel_kernel(
     seed_ptr, position_ptr, out_ptr, seed_step, position_step, size,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key = _key(
@@ -89,7 +91,9 @@ def _draw_chunk_kernel(
     chunks,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     v = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -104,7 +108,10 @@ def _draw_chunk_kernel(
 
 
 @jit
-def _draw_merge_kernel(best_ptr, id_ptr, out_ptr, chunks, BLOCK: tl.constexpr):
+def _draw_merge_kernel(
+    best_ptr, id_ptr, out_ptr, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     z = tl.load(best_ptr + row * chunks + c, mask=c < chunks, other=float("-inf"))

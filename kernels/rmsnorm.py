@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import FLOATS, jit, power_of_2, require, tl
+from eaglerun.kernels.language import FLOATS, jit, let_next, power_of_2, require, tl, wait_before
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import rmsnorm as reference
 
@@ -30,13 +30,16 @@ def _rmsnorm_kernel(
     OFFSET: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     live = d < D
-    x = tl.load(x_ptr + row * x_row + group * x_group + d, mask=live, other=0.0).to(tl.float32)
     w = tl.load(weight_ptr + group * weight_group + d, mask=live, other=0.0).to(tl.float32)
+    wait_before(OVERLAP)
+    x = tl.load(x_ptr + row * x_row + group * x_group + d, mask=live, other=0.0).to(tl.float32)
     out = (row * groups + group) * D + d
     if ADD:
         at = row * residual_row + group * residual_group

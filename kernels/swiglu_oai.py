@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import FLOATS, cdiv, jit, require, tl
+from eaglerun.kernels.language import FLOATS, begin, cdiv, jit, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import swiglu_oai as reference
 
@@ -21,8 +21,18 @@ def clamped_swiglu(gate, up, alpha, limit, beta):
 
 @jit
 def _swiglu_kernel(
-    x_ptr, y_ptr, x_row, width, alpha, limit, beta, CLAMPED: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    y_ptr,
+    x_row,
+    width,
+    alpha,
+    limit,
+    beta,
+    CLAMPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < width

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import FLOATS, cdiv, jit, power_of_2, require, tl
+from eaglerun.kernels.language import FLOATS, begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import vocab_argmax as reference
 
@@ -27,7 +27,10 @@ def index_of(key):
 
 
 @jit
-def _argmax_chunk_kernel(logits_ptr, best_ptr, logits_row, V, chunks, BLOCK: tl.constexpr):
+def _argmax_chunk_kernel(
+    logits_ptr, best_ptr, logits_row, V, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     v = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -37,7 +40,8 @@ def _argmax_chunk_kernel(logits_ptr, best_ptr, logits_row, V, chunks, BLOCK: tl.
 
 
 @jit
-def _argmax_merge_kernel(best_ptr, id_ptr, chunks, BLOCK: tl.constexpr):
+def _argmax_merge_kernel(best_ptr, id_ptr, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     key = tl.load(best_ptr + row * chunks + c, mask=c < chunks, other=-0x7FFFFFFFFFFFFFFF)

@@ -48,13 +48,14 @@ def calls(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator
         for rows, batch, blocks in ((1, 1, 16), (32, 4, 8192)):
             yield from _attention(new, ints, rows, batch, blocks, cache)
         yield from _prefill(new, ints, cache)
-    for rows in (1, 4, 2048, 8192):
+    for rows in (1, 4, 256, 2048, 8192):
         x, positions = new(rows, HIDDEN), ints(rows)
         gate, bias = new(EXPERTS, HIDDEN, dtype=torch.float32), new(EXPERTS, dtype=torch.float32)
         yield moe_route, (x, gate, bias, positions, 4, 2.0, ints(1), rows % 2)
         w13, w2 = new(EXPERTS, 2 * WIDTH, HIDDEN), new(EXPERTS, HIDDEN, WIDTH)
         ids, weights = ints(rows, 4, dtype=torch.int32), new(rows, 4, dtype=torch.float32)
-        yield moe_gemm, (x, w13, w2, ids, weights, 1.702, 7.0, 1.0, new(rows, HIDDEN))
+        shared = (new(2 * WIDTH, HIDDEN), new(HIDDEN, WIDTH))
+        yield moe_gemm, (x, w13, w2, ids, weights, 1.702, 7.0, 1.0, *shared)
 
 
 def _rowwise(new: Any, ints: Any) -> Iterator[Call]:

@@ -390,7 +390,11 @@ def moe_cases() -> Iterator[Case]:
     for e in range(EXPERTS):
         w13[e] = randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
         w2[e] = randn(HIDDEN, WIDTH, scale=WIDTH**-0.5)
+    shared_up = randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
+    shared_down = randn(HIDDEN, WIDTH, scale=WIDTH**-0.5)
     expert_bytes = 3 * WIDTH * HIDDEN * 2
+    # As uneven as a router of random weights makes it: 64 rows visit 76 experts, 256 visit 106.
+    favour = 0.6 * torch.randn(EXPERTS, device=DEVICE)
     for n in (1, 4, 16, 64, 128, 256, 512, 2048, 8192):
         positions = torch.arange(n, device=DEVICE)
         routed = [(randn(n, HIDDEN), gate, bias, positions, 4, 2.0) for _ in range(4)]
@@ -398,14 +402,26 @@ def moe_cases() -> Iterator[Case]:
         # Among many rows two scores are closer than their error, and fall either way.
         route = moe_route if n <= 2048 else unchecked(moe_route)
         yield Case(f"moe_route n={n}", route, routed, routing, tolerance=1e-5)
-        order = torch.rand(n, EXPERTS, device=DEVICE).argsort(dim=1)
-        ids = order[:, :4].int().contiguous()
-        distinct = len(ids.unique())
         weights = torch.rand(n, 4, device=DEVICE)
-        args = (randn(n, HIDDEN), w13, w2, ids, weights, 1.702, 7.0, 1.0, randn(n, HIDDEN))
-        flops = 2.0 * n * 4 * 3 * WIDTH * HIDDEN
-        moved = distinct * expert_bytes + n * HIDDEN * 2 * 3
-        yield Case(f"moe_gemm n={n} experts={distinct}", moe_gemm, [args], moved, flops)
+        for name, bias in (("", torch.zeros_like(favour)), ("uneven ", favour)):
+            order = (torch.randn(n, EXPERTS, device=DEVICE) + bias).argsort(dim=1, descending=True)
+            ids = order[:, :4].int().contiguous()
+            distinct = len(ids.unique())
+            routed = (randn(n, HIDDEN), w13, w2, ids, weights, 1.702, 7.0, 1.0)
+            flops = 2.0 * n * 4 * 3 * WIDTH * HIDDEN
+            moved = distinct * expert_bytes + n * HIDDEN * 2 * 3
+            if not name or 64 <= n <= 512:
+                name = f"moe_gemm n={n} {name}experts={distinct}"
+                yield Case(name, moe_gemm, [routed], moved, flops)
+        if n <= 512:
+            # With the shared expert: what a layer of the model runs.
+            yield Case(
+                f"moe_gemm n={n} experts={distinct} and shared",
+                moe_gemm,
+                [(*routed, shared_up, shared_down)],
+                moved + expert_bytes,
+                flops * 1.25,
+            )
 
 
 def linear_cases() -> Iterator[Case]:

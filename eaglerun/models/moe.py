@@ -92,7 +92,13 @@ class MoE(nn.Module):
         num_experts  int64 [1], incremented by the distinct experts visited; None counts nothing
         """
         ids, weights = self.gate(x, positions, num_experts)
-        shared: Tensor = self.shared_experts(x)
         return moe_gemm(
-            x, self.experts.w13, self.experts.w2, ids, weights, *self.activation, shared
+            x,
+            self.experts.w13,
+            self.experts.w2,
+            ids,
+            weights,
+            *self.activation,
+            self.shared_experts.gate_up_proj.weight,
+            self.shared_experts.down_proj.weight,
         )

@@ -19,19 +19,22 @@ def moe_gemm(
     alpha: float,
     limit: float,
     beta: float,
-    shared: Tensor | None = None,
+    shared_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of each row's experts, and the shared expert's output.
 
     a[n, j] = round(swiglu_oai(w13[ids[n, j]] x[n])), the product unrounded
-    y[n] = shared[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once. ids of -1 add
-    nothing, and x[n] is not used where all are -1.
+    y[n] = s[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once; s[n] is the dense
+    layer round(shared_down round(swiglu_oai(round(shared_up x[n])))). ids of -1 add nothing;
+    without a shared expert x[n] is not used where all are -1.
 
     Shapes  x [N, H]; w13 [E, 2 I, H], gate rows then up rows; w2 [E, H, I]; ids, weights
-            [N, topk]; shared [N, H] or None (zero); returns [N, H].
+            [N, topk]; shared_up [2 Is, H], shared_down [H, Is], or both None; returns [N, H].
     Dtypes  products, activation and sums in fp32 (fp64 for fp64); a and y round to x.dtype.
     Raises  ValueError when ids and weights differ in shape.
-    Source  MiniMaxM3VLExperts (transformers 5.23, models/minimax_m3_vl).
+    Source  MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock (transformers 5.23,
+            models/minimax_m3_vl).
     """
     if ids.shape != weights.shape:
         raise ValueError(f"moe_gemm: ids {tuple(ids.shape)}, weights {tuple(weights.shape)}")
@@ -45,7 +48,11 @@ def moe_gemm(
     activated = wide(cast(swiglu_oai(gate_up, alpha, limit, beta), x.dtype))
     outputs = _per_expert(activated, w2, hit)
     outputs = outputs * weights.flatten().index_select(0, pairs)[:, None]
-    total = torch.zeros_like(wide(x)) if shared is None else wide(shared).clone()
+    if shared_up is None or shared_down is None:
+        total = torch.zeros_like(wide(x))
+    else:
+        gate_up = F.linear(x, shared_up)
+        total = wide(F.linear(swiglu_oai(gate_up, alpha, limit, beta), shared_down))
     return cast(total.index_add_(0, rows, outputs), x.dtype)
 
 

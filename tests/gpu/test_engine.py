@@ -80,12 +80,14 @@ def test_the_gpu_says_what_the_cpu_says(models: dict[str, Models]):
     assert answers(models["cuda"], False)[0] == answers(models["cpu"], False)[0]
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlapping"])
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("k", [0, 1, 3, 7])
-def test_lossless(models: dict[str, Models], k: int, lag: int, eager: bool):
+def test_lossless(models: dict[str, Models], k: int, lag: int, eager: bool, overlap: bool):
     plain, _ = answers(models["cuda"], False, enforce_eager=True, lag=0)
     settings = {"num_draft_tokens": k, "lag": lag, "enforce_eager": eager}
+    settings["overlap_kernels"] = overlap
     got, engine = answers(models["cuda"], True, **settings)
     assert got == plain
     assert (len(engine.runner.graphs) > 0) == (not eager)

@@ -19,9 +19,11 @@ from eaglerun.bench.kernels import (
     randn,
 )
 from eaglerun.kernels.attention_dense import attention_dense
+from eaglerun.kernels.launch import overlapping
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
+from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
 
 pytestmark = pytest.mark.gpu
 ACTIVATION = (1.702, 7.0, 1.0)
@@ -62,6 +64,67 @@ def test_an_moe_row_does_not_depend_on_its_neighbours(rows):
     whole = moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
     some = (x[5 : 5 + rows], w13, w2, ids[5 : 5 + rows], weights[5 : 5 + rows])
     assert torch.equal(moe_gemm.kernel(*some, *ACTIVATION), whole[5 : 5 + rows])
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_bits_do_not_depend_on_tiles_nor_on_the_shared_experts_way(uneven):
+    """Up to 16 rows the shared expert is one tile, then a layer of its own, of more than 64 by the
+    library; tiles grow from 33 rows of 64 experts on."""
+    w13, w2 = experts(64)
+    shared = (
+        randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5),
+        randn(HIDDEN, WIDTH, scale=WIDTH**-0.5),
+    )
+    x, (ids, weights) = randn(128, HIDDEN), routing(128, 64)
+    if uneven:
+        # Expert 3 in every row: more than a tile of it.
+        ids = torch.where(ids == 3, ids[:, :1], ids)
+        ids[:, 0] = 3
+    whole = moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
+    layered = moe_gemm.kernel(x[:64], w13, w2, ids[:64], weights[:64], *ACTIVATION, *shared)
+    for n in (1, 2, 16, 17, 64, 65, 128):
+        some = (x[:n], w13, w2, ids[:n], weights[:n], *ACTIVATION)
+        assert torch.equal(moe_gemm.kernel(*some), whole[:n]), n
+        if n <= 64:
+            assert torch.equal(moe_gemm.kernel(*some, *shared), layered[:n]), n
+
+
+def test_overlapping_kernels_say_the_same():
+    """A chain of small kernels and products, eager and in a graph, with and without."""
+    weight, back = randn(9856, HIDDEN, scale=0.02), randn(HIDDEN, 9856, scale=0.01)
+    w13, w2 = experts(8)
+    shared = (
+        randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5),
+        randn(HIDDEN, WIDTH, scale=WIDTH**-0.5),
+    )
+    gate, norm = randn(8, HIDDEN, dtype=torch.float32), randn(HIDDEN, scale=0.1)
+    first = randn(4, HIDDEN)
+    positions = torch.arange(4, device="cuda")
+
+    def chain():
+        x, residual = first, first
+        for _ in range(6):
+            y, residual = add_gemma_rmsnorm.kernel(x, residual, norm, 1e-6)
+            x = linear.kernel(linear.kernel(y, weight), back)
+            y, residual = add_gemma_rmsnorm.kernel(x, residual, norm, 1e-6)
+            ids, weights = moe_route.kernel(y, gate, None, positions, 4, 2.0)
+            x = moe_gemm.kernel(y, w13, w2, ids, weights, *ACTIVATION, *shared)
+        return x
+
+    expected = chain()
+    with overlapping(True):
+        for _ in range(5):
+            assert torch.equal(chain(), expected)
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = chain()
+    for seed in range(20):
+        if seed % 2:
+            first.copy_(randn(4, HIDDEN))
+        graph.replay()
+        assert torch.equal(out, chain()), seed
 
 
 def test_a_projected_row_does_not_depend_on_its_neighbours():

@@ -75,19 +75,24 @@ def test_block_of_transformers(rows, experts, topk):
         gate, routed = block.gate, block.experts
         ids, weights = moe_route(x, gate.weight, gate.e_score_correction_bias, positions, topk, 2.0)
         w13, w2 = routed.gate_up_proj, routed.down_proj
-        shared = block.shared_experts(x)
-        ours = moe_gemm(x, w13, w2, ids, weights, 1.702, 1.0, 1.0, shared)
+        own = block.shared_experts
+        layer = (own.gate_up_proj.weight, own.down_proj.weight)
+        ours = moe_gemm(x, w13, w2, ids, weights, 1.702, 1.0, 1.0, *layer)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         alone = moe_gemm(x, w13, w2, ids, weights, 1.702, 1.0, 1.0)
-        torch.testing.assert_close(alone + shared, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone + own(x), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_experts_one_pair_at_a_time(dtype):
     """Padding, an expert twice in a row, unused experts, rounding of the activation and the sum."""
     w13, w2 = torch.randn(6, 10, 8).to(dtype), torch.randn(6, 8, 5).to(dtype)
-    x, shared = torch.randn(2, 4, 8).to(dtype)
-    x[2] = torch.nan
+    x = torch.randn(4, 8).to(dtype)
+    layer = (torch.randn(6, 8).to(dtype), torch.randn(8, 3).to(dtype))
+    # The shared expert: each step of a layer rounds.
+    gate_up = F.linear(x.double(), layer[0].double()).to(dtype).double()
+    shared = swiglu_oai(gate_up, *ACTIVATION).to(dtype).double()
+    shared = F.linear(shared, layer[1].double()).to(dtype)
     ids = torch.tensor([[5, 0], [3, 3], [-1, -1], [0, -1]], dtype=torch.int32)
     weights = torch.rand(4, 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     weights[ids < 0] = 0
@@ -98,11 +103,13 @@ def test_experts_one_pair_at_a_time(dtype):
                 gate_up = F.linear(x[n].double(), w13[e].double())
                 a = swiglu_oai(gate_up[None], *ACTIVATION)[0].to(dtype).double()
                 expected[n] += weights[n, j].double() * F.linear(a, w2[e].double())
-    ours = moe_gemm(x, w13, w2, ids, weights, *ACTIVATION, shared)
+    ours = moe_gemm(x, w13, w2, ids, weights, *ACTIVATION, *layer)
     assert ours.dtype == dtype
     tolerance = 1e-12 if dtype == torch.float64 else 2**-7
     torch.testing.assert_close(ours, expected.to(dtype), rtol=tolerance, atol=tolerance)
-    assert torch.equal(ours[2], shared[2])
+    torch.testing.assert_close(ours[2], shared[2], rtol=tolerance, atol=tolerance)
+    x[2] = torch.nan
+    assert moe_gemm(x, w13, w2, ids, weights, *ACTIVATION)[2].eq(0).all()
 
 
 def test_no_pairs_at_all():
