@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from eaglerun.bench import contexts, prefill, profile, throughput
+from eaglerun.bench import caches, contexts, prefill, profile, throughput
 from eaglerun.bench.evaluate import (
     TASKS,
     Answerer,
@@ -25,7 +25,7 @@ from eaglerun.errors import ConfigError
 from eaglerun.loader import load_models
 
 # In the order in which they are worth a GPU's time; what is only timed precedes what is profiled.
-PARTS = ("latency", "fill", "profile", "contexts", "prefill", "throughput", "kernels")
+PARTS = ("latency", "fill", "profile", "contexts", "prefill", "throughput", "caches", "kernels")
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,8 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         help="what to measure, separated by commas, over one loading of the models: latency (steps "
         "at fixed concurrencies), fill (what the draft's KV costs at K = 0), profile (idle time "
         "and kernels of decode steps), contexts (decode steps at long contexts), prefill (time to "
-        "first token of long prompts), throughput (many prompts, continuous batching), kernels "
+        "first token of long prompts), throughput (many prompts, continuous batching), caches "
+        "(what bf16 and fp8 caches change in the logits of the demo's held-out problems), kernels "
         "(each kernel alone, on a GPU; needs no model)",
     )
     group = parser.add_argument_group("benchmark")
@@ -93,7 +94,10 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--output-len", type=_number(1), default=default.output_len)
     group.add_argument(
-        "--num-prompts", type=_number(1), default=default.num_prompts, help="throughput: in all"
+        "--num-prompts",
+        type=_number(1),
+        default=default.num_prompts,
+        help="throughput: in all; caches: of each task",
     )
     group.add_argument(
         "--vary",
@@ -173,6 +177,7 @@ def run_bench(config: Config, flags: argparse.Namespace) -> int:
             "contexts": partial(contexts.run, bench),
             "prefill": partial(prefill.run, bench),
             "throughput": partial(throughput.run, bench),
+            "caches": partial(caches.run, bench),
         }
     failed: list[Exception] = []
     for name in wanted:
