@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton where it is installed. It is the one place that imports it.
 
 Without it the ops still import and run their references; launching a kernel says what is missing.

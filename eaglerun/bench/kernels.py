@@ -403,22 +403,22 @@ def moe_cases() -> Iterator[Case]:
         route = moe_route if n <= 2048 else unchecked(moe_route)
         yield Case(f"moe_route n={n}", route, routed, routing, tolerance=1e-5)
         weights = torch.rand(n, 4, device=DEVICE)
-        for name, bias in (("", torch.zeros_like(favour)), ("uneven ", favour)):
-            order = (torch.randn(n, EXPERTS, device=DEVICE) + bias).argsort(dim=1, descending=True)
+        for name, lean in (("", torch.zeros_like(favour)), ("uneven ", favour)):
+            order = (torch.randn(n, EXPERTS, device=DEVICE) + lean).argsort(dim=1, descending=True)
             ids = order[:, :4].int().contiguous()
             distinct = len(ids.unique())
-            routed = (randn(n, HIDDEN), w13, w2, ids, weights, 1.702, 7.0, 1.0)
+            layer = (randn(n, HIDDEN), w13, w2, ids, weights, 1.702, 7.0, 1.0)
             flops = 2.0 * n * 4 * 3 * WIDTH * HIDDEN
             moved = distinct * expert_bytes + n * HIDDEN * 2 * 3
             if not name or 64 <= n <= 512:
                 name = f"moe_gemm n={n} {name}experts={distinct}"
-                yield Case(name, moe_gemm, [routed], moved, flops)
+                yield Case(name, moe_gemm, [layer], moved, flops)
         if n <= 512:
             # With the shared expert: what a layer of the model runs.
             yield Case(
                 f"moe_gemm n={n} experts={distinct} and shared",
                 moe_gemm,
-                [(*routed, shared_up, shared_down)],
+                [(*layer, shared_up, shared_down)],
                 moved + expert_bytes,
                 flops * 1.25,
             )
