@@ -3,6 +3,10 @@
 
 One program holds the query heads of one row and group, for each has a selection of its own. Of
 uniform rows, slots [s * PER_SPLIT, (s + 1) * PER_SPLIT) of the selection go to split s.
+
+Rows of a prefill chunk that stand side by side may also share a program (the launch table's
+SHARE): it walks the union of their blocks, in ascending order, and each row sees its own. Blocks
+are then a multiple of a tile of keys.
 """
 
 import torch
@@ -106,6 +110,131 @@ def _attention_sparse_kernel(
     )  # fmt: skip
 
 
+@jit
+def _union_kernel(
+    ids_ptr,
+    cu_seqlens_ptr,
+    union_ptr,
+    takers_ptr,
+    count_ptr,
+    topk,
+    tiles,
+    G: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The blocks that a tile of rows selects together, ascending, and which rows take each.
+
+    Bit j of takers is the tile's row j. S = TOKENS * BLOCK_K places a (tile, group).
+    """
+    begin(OVERLAP)
+    S: tl.constexpr = TOKENS * BLOCK_K
+    tile = tl.program_id(0)
+    group = tl.program_id(1)
+    b = tl.program_id(2)
+    first_row = tl.load(cu_seqlens_ptr + b).to(tl.int64)
+    rows = tl.load(cu_seqlens_ptr + b + 1) - first_row
+    if tile * TOKENS >= rows:
+        return
+    s = tl.arange(0, S)
+    token = tile * TOKENS + s // BLOCK_K
+    at = ((first_row + token) * G + group) * topk + s % BLOCK_K
+    ids = tl.load(ids_ptr + at, mask=(token < rows) & (s % BLOCK_K < topk), other=-1)
+    again = tl.load(ids_ptr + at, mask=(token < rows) & (s % BLOCK_K < topk), other=-1)
+    same = ids[:, None] == again[None, :]
+    # Whether place s is the first of its block: along either side of the matrix.
+    first = tl.max((same & (s[None, :] < s[:, None])).to(tl.int32), axis=1) == 0
+    first_too = tl.max((same & (s[:, None] < s[None, :])).to(tl.int32), axis=0) == 0
+    smaller = (again[None, :] < ids[:, None]) & (first_too & (again >= 0))[None, :]
+    place = tl.sum(smaller.to(tl.int32), axis=1)
+    takers = tl.sum(tl.where(same, (1 << (s // BLOCK_K))[None, :], 0), axis=1)
+    kept = first & (ids >= 0)
+    where = (b * tiles + tile) * G + group
+    tl.store(union_ptr + where.to(tl.int64) * S + place, ids, mask=kept)
+    tl.store(takers_ptr + where.to(tl.int64) * S + place, takers, mask=kept)
+    tl.store(count_ptr + where, tl.sum(kept.to(tl.int32), axis=0))
+
+
+@jit
+def _attention_union_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    union_ptr,
+    takers_ptr,
+    count_ptr,
+    positions_ptr,
+    tables_ptr,
+    seq_lens_ptr,
+    cu_seqlens_ptr,
+    q_row,
+    q_head,
+    table_row,
+    tiles,
+    scale,
+    G: tl.constexpr,
+    RATIO: tl.constexpr,
+    TOKENS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    PLACES: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """TOKENS rows of one group over the union of their blocks.
+
+    A tile of keys is of one block, and one that a row did not select changes none of the row's
+    bits (attend_tile).
+    """
+    begin(OVERLAP)
+    tile = tl.program_id(0)
+    group = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    first_row = tl.load(cu_seqlens_ptr + b).to(tl.int64)
+    rows = tl.load(cu_seqlens_ptr + b + 1) - first_row
+    if tile * TOKENS >= rows:
+        return
+    m = tl.arange(0, BLOCK_M)
+    mine = m // RATIO
+    live = (m < TOKENS * RATIO) & (tile * TOKENS + mine < rows)
+    row = first_row + tile * TOKENS + mine
+    position = tl.load(positions_ptr + row, mask=live, other=-1)
+    seq_len = tl.load(seq_lens_ptr + b).to(tl.int64)
+    keys = tl.minimum(tl.max(position, axis=0).to(tl.int64) + 1, seq_len)
+    head = group * RATIO + m % RATIO
+    d = tl.arange(0, BLOCK_D)
+    q_at = row[:, None] * q_row + head[:, None] * q_head + d[None, :]
+    q = tl.load(q_ptr + q_at, mask=live[:, None] & (d < D)[None, :], other=0.0).to(DOT)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    n = tl.arange(0, BLOCK_N)
+    where = (b * tiles + tile) * G + group
+    union_ptr += where * PLACES
+    takers_ptr += where * PLACES
+    count = tl.load(count_ptr + where)
+    for i in range(0, count * (PAGE // BLOCK_N)):
+        c = tl.load(union_ptr + i * BLOCK_N // PAGE)
+        takers = tl.load(takers_ptr + i * BLOCK_N // PAGE)
+        offset = i * BLOCK_N % PAGE + n
+        t = c * PAGE + offset
+        held = t < keys
+        block = tl.load(tables_ptr + b * table_row + c, mask=c * PAGE < keys, other=0)
+        taken = ((takers >> mine) & 1)[:, None] > 0
+        at = ((block.to(tl.int64) * PAGE + offset) * G + group)[:, None] * D + d[None, :]
+        there = held[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
+        v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
+        visible = taken & held[None, :] & (t[None, :] <= position[:, None])
+        acc, top, total = attend_tile(acc, top, total, q, k, v, visible, scale, True, DOT)
+    finish(acc, top, total, out_ptr, out_ptr, out_ptr, row * (G * RATIO) + head, live, d, 0, D, 1)
+
+
 @paired(reference.attention_sparse)
 def attention_sparse(
     q: Tensor,
@@ -168,7 +297,8 @@ def attention_sparse_ragged(
 
     Shapes  as attention_sparse; cu_seqlens_q [B + 1] int32 the running sum of q_lens; rows past
             the last are zero.
-    Dtypes, Error, Raises  as attention_sparse.
+    Dtypes, Error, Raises  as attention_sparse. Where rows share a program the order of a
+            selection is no matter; a row's bits do not depend on the rows beside it there either.
     """
     require(
         len(q_lens) + 1 == cu_seqlens_q.shape[0]
@@ -224,6 +354,13 @@ def _launch(
     if not per_seq or not q.numel():
         return out
     launch = settings("attention_sparse_prefill" if ragged else "attention_sparse_decode", q)
+    share = launch.pop("SHARE", 0)
+    # A tile of keys from several blocks would hang a row's sums on its neighbours' blocks.
+    whole = k_cache.shape[1] % settings("attention_sparse_union", q)["BLOCK_N"] == 0
+    if cu_seqlens_q is not None and share and whole:
+        _shared(q, k_cache, v_cache, out, block_ids, positions, block_tables, seq_lens,
+                cu_seqlens_q, per_seq, scale)  # fmt: skip
+        return out
     per_split = topk if ragged else min(launch.pop("PER_SPLIT"), topk)
     splits = cdiv(topk, per_split)
     part, lse = parts(q, splits)
@@ -274,3 +411,69 @@ def _launch(
             **settings("attention_merge", q),
         )
     return out
+
+
+def _shared(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    block_ids: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    longest: int,
+    scale: float,
+) -> None:
+    """The rows of ``out`` by tiles that share what they read; ``longest`` of q_lens."""
+    heads, dim = q.shape[1:]
+    groups, topk, batch = k_cache.shape[2], block_ids.shape[-1], block_tables.shape[0]
+    launch = settings("attention_sparse_union", q)
+    # A power of two: rows are bits of a number, and places of a list.
+    tokens = min(power_of_2(launch["BLOCK_M"] // (heads // groups) + 1) // 2, 16)
+    tiles, places = cdiv(longest, tokens), tokens * power_of_2(topk)
+    union = torch.empty(batch * tiles * groups, places, dtype=torch.int32, device=q.device)
+    takers = torch.empty_like(union)
+    count = torch.empty(batch * tiles * groups, dtype=torch.int32, device=q.device)
+    grid = (tiles, groups, batch)
+    _union_kernel[grid](
+        block_ids,
+        cu_seqlens_q,
+        union,
+        takers,
+        count,
+        topk,
+        tiles,
+        G=groups,
+        TOKENS=tokens,
+        BLOCK_K=power_of_2(topk),
+        **settings("union", q),
+    )
+    _attention_union_kernel[grid](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        union,
+        takers,
+        count,
+        positions,
+        block_tables,
+        seq_lens,
+        cu_seqlens_q,
+        q.stride(0),
+        q.stride(1),
+        block_tables.stride(0),
+        tiles,
+        scale * LOG2_E,
+        G=groups,
+        RATIO=heads // groups,
+        TOKENS=tokens,
+        D=dim,
+        PAGE=k_cache.shape[1],
+        PLACES=places,
+        DOT=dot_dtype(q.dtype),
+        BLOCK_D=power_of_2(dim, 16),
+        **launch,
+    )

@@ -25,6 +25,7 @@ _EVERYWHERE: dict[str, Settings] = {
     "vocab_argmax": {"BLOCK": 4096, "num_warps": 8},
     "gumbel": {"BLOCK": 2048, "num_warps": 8},
     "attention_merge": {"num_warps": 1},
+    "union": {"num_warps": 4},
     "topk_short": {"BLOCK": 128, "num_warps": 1},
     "topk_middle": {"BLOCK": 1024, "num_warps": 4},
     "topk_long": {"BLOCK": 4096, "num_warps": 4},
@@ -43,7 +44,8 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     },
     "attention_prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
-    "attention_sparse_prefill": {"BLOCK_N": 64, "num_warps": 1, "num_stages": 2},
+    "attention_sparse_prefill": {"SHARE": 0, "BLOCK_N": 64, "num_warps": 1, "num_stages": 2},
+    "attention_sparse_union": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "index_scores_decode": {"MAX_M": 64, "PAGES": 1, "num_warps": 4, "num_stages": 2},
     "index_scores_prefill": {"MAX_M": 128, "PAGES": 4, "num_warps": 4, "num_stages": 2},
     "route_logits": {
@@ -87,7 +89,8 @@ _WIDE: dict[str, Settings] = {
     },
     "attention_prefill/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     "attention_sparse_decode/4": {"PER_SPLIT": 2, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-    "attention_sparse_prefill/4": {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_prefill/4": {"SHARE": 0, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_union/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     "index_scores_decode/4": {"MAX_M": 32, "PAGES": 2, "num_warps": 4, "num_stages": 1},
     "index_scores_prefill/4": {"MAX_M": 32, "PAGES": 8, "num_warps": 4, "num_stages": 1},
     "route_logits/4": {
@@ -116,7 +119,8 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
     },
     "attention_prefill": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-    "attention_sparse_prefill": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_prefill": {"SHARE": 0, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_union": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     "index_scores_decode": {"MAX_M": 64, "PAGES": 2, "num_warps": 4, "num_stages": 1},
     "index_scores_prefill": {"MAX_M": 64, "PAGES": 8, "num_warps": 4, "num_stages": 1},
     "route_logits": {
@@ -173,7 +177,7 @@ def settings(name: str, x: Tensor) -> Settings:
     arch = _arch_of(x)
     table = TABLE[arch]
     wide = table.get(f"{name}/4") if x.element_size() == 4 else None
-    found = dict(table[name]) | _changed.get(name, {}) if wide is None else dict(wide)
+    found = dict(table[name] if wide is None else wide) | _changed.get(name, {})
     found["OVERLAP"] = overlaps(x)
     if found["OVERLAP"]:
         found["launch_pdl"] = True

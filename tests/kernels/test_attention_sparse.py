@@ -6,6 +6,7 @@ from paged import paged
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
 from eaglerun.kernels.language import cdiv
+from eaglerun.kernels.launch import changed
 
 LENGTHS = (5, 0, 150, 67)
 
@@ -65,16 +66,51 @@ def test_all_blocks_are_full_attention(device):
     torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0, 1])
 @pytest.mark.parametrize("block_size", [4, 32])
-def test_ragged(block_size, device):
+def test_ragged(block_size, share, device):
     kv = paged(LENGTHS, block_size, (2, 16), (2, 16), device=device)
     q_lens = (2, 0, 19, 5)
     positions, sums = kv.ragged(q_lens, 2)
     ids = selection(positions, 2, block_size, 3)
     q = torch.randn(len(positions), 8, 16, device=device)
     where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
-    out = compare(attention_sparse_ragged, q, *kv.caches, ids, *where, 0.2)
-    assert out[-2:].eq(0).all()
+    with changed("attention_sparse_prefill", SHARE=share):
+        out = compare(attention_sparse_ragged, q, *kv.caches, ids, *where, 0.2)
+        assert out[-2:].eq(0).all()
+        # Alone, in another tile: the same bits.
+        last = (positions[-7:-2], kv.block_tables[-1:], kv.seq_lens[-1:])
+        sums = torch.tensor([0, 5], dtype=torch.int32, device=device)
+        alone = attention_sparse_ragged.kernel(
+            q[-7:-2], *kv.caches, ids[-7:-2], *last, sums, (5,), kv.max_seq_len, 0.2
+        )
+        same_bits(alone, out[-7:-2])
+
+
+def same_bits(a, b):
+    """On a GPU: in the interpreter a row's product hangs on its place in the matrix library's."""
+    if a.is_cuda:
+        assert torch.equal(a, b)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads, topk", [(3, 5), (64, 16)])
+def test_rows_that_share_a_program(heads, topk, device):
+    """Ratios that do not divide a tile, selections side by side alike or not at all."""
+    kv = paged((610,), 32, (1, 16), (1, 16), device=device)
+    positions, sums = kv.ragged((40,), 0)
+    ids = selection(positions, 1, 32, topk)
+    ids[10:20] = ids[10:11]
+    q = torch.randn(40, heads, 16, device=device)
+    where = (positions, kv.block_tables, kv.seq_lens, sums, (40,), 610)
+    with changed("attention_sparse_prefill", SHARE=1):
+        shared = compare(attention_sparse_ragged, q, *kv.caches, ids, *where, 0.2)
+        for cut in (1, 6):
+            part = (positions[cut:], kv.block_tables, kv.seq_lens, sums - sums.sign() * cut)
+            some = attention_sparse_ragged.kernel(
+                q[cut:], *kv.caches, ids[cut:], *part, (40 - cut,), 610, 0.2
+            )
+            same_bits(some, shared[cut:])
 
 
 def test_ragged_fp8(device):
