@@ -312,10 +312,13 @@ def _measured(
     spec, scheduling = target.spec, config.scheduling
     outputs = 0
     if options.capture and options.decode_batch_sizes:
-        # The target's logits and accept's, for each of the runner's bounds of a row's keys.
-        kept = 2 * (1 + (options.max_model_len > spec.sparse_topk_blocks * spec.sparse_block_size))
-        rows, logits = options.num_draft_tokens + 1, 4 * spec.vocab_size
-        outputs = kept * graph_outputs(options.decode_batch_sizes, rows, MAX_CAPTURED_ROWS, logits)
+        # The target's logits in its dtype and accept's in float32, for every number of drafts and
+        # each of the runner's bounds of a row's keys.
+        bounds = 1 + (options.max_model_len > spec.sparse_topk_blocks * spec.sparse_block_size)
+        logits = spec.vocab_size * (target.embed_tokens.weight.itemsize + 4)
+        for rows in range(1, options.num_draft_tokens + 2):
+            sizes = options.decode_batch_sizes
+            outputs += bounds * graph_outputs(sizes, rows, MAX_CAPTURED_ROWS, logits)
     return measure(
         memory,
         config.cache.gpu_memory_utilization,

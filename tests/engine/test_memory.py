@@ -10,6 +10,7 @@ import torch
 from engine.schedules import pair
 from pairs import without_draft
 
+from eaglerun.blocks import hash_block, root_name
 from eaglerun.budget import kv_budget
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
@@ -110,9 +111,9 @@ def test_graphs_have_room_where_they_are_captured():
     eager = engine(Scripted(1024 * MIB), enforce_eager=True, **sizes)
     captured = engine(Scripted(1024 * MIB), **sizes)
     block = sum(region.bytes_per_block for region in eager.runner.kv_regions())
-    # A decode step's 20 MiB once more; for 7 sequences of 4 rows the float32 logits of the target
-    # and of accept, under both bounds of the keys: 3 blocks are selected at most, 12 tokens.
-    room = 20 * MIB + 7 * 4 * 40 * 4 * 2 * 2
+    # A decode step's 20 MiB once more; for 7 sequences of 1 to 4 rows the float64 logits of the
+    # target and accept's in float32, under both bounds of the keys: 12 of them are selected.
+    room = 20 * MIB + 7 * (1 + 2 + 3 + 4) * 40 * (8 + 4) * 2
     assert captured.runner.options.graph_bytes == room
     assert eager.runner.options.graph_bytes == 0
     assert eager.pool.num_blocks - captured.pool.num_blocks in (room // block, room // block + 1)
@@ -210,3 +211,34 @@ def test_the_rehearsal_leaves_nothing_behind(monkeypatch):
     gc.collect()
     assert len(made) == 2 and made[0]() is None and made[1]() is running.runner
     assert isinstance(running.runner.options, RunnerOptions)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_blocks_moved_by_their_regions_are_found_and_go_on_alike(dtype: str):
+    """All that a block holds is in kv_regions(): its bytes in another engine serve as computed."""
+    settings = {"num_kv_blocks": 60, "kv_cache_dtype": dtype, "index_cache_dtype": dtype}
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    computed, moved = engine(None, **settings), engine(None, **settings)
+    first = LLM.from_engine(computed).generate([PROMPT], params, progress=False)[0]
+    names, parent = [], root_name("")
+    for start in range(0, len(PROMPT) - 4 + 1, 4):
+        parent = hash_block(parent, PROMPT[start : start + 4])
+        names.append(parent)
+    theirs = computed.pool.match(names)
+    assert len(theirs) == 5
+    # Other places there than here.
+    held = moved.pool.allocate(7)
+    ours = moved.pool.allocate(len(theirs))
+    for block, name in zip(ours, names, strict=True):
+        moved.pool.publish(block, name)
+    moved.pool.release(held + ours)
+    for here, there in zip(computed.runner.kv_regions(), moved.runner.kv_regions(), strict=True):
+        assert (here.name, here.layout) == (there.name, there.layout)
+        source, target = (r.tensor.view(torch.uint8).flatten(1) for r in (here, there))
+        assert source.shape == (60, here.bytes_per_block)
+        target.fill_(0xFF)
+        target[ours] = source[theirs]
+    second = LLM.from_engine(moved).generate([PROMPT], params, progress=False)[0]
+    assert (moved.stats.cached_tokens, computed.stats.cached_tokens) == (20, 0)
+    assert second.token_ids == first.token_ids
+    assert second.speculation == first.speculation

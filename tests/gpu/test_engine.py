@@ -7,6 +7,7 @@ import pytest
 import torch
 from pairs import CPU, draft_spec, target_spec, tiny_draft, tiny_target, without_draft
 
+from eaglerun.bench.caches import compare, logits_of
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.llm import LLM
@@ -94,3 +95,25 @@ def test_lossless(models: dict[str, Models], k: int, lag: int, eager: bool, over
     if k:
         assert engine.stats.acceptance.accepted > 0
     engine.scheduler.check_integrity()
+
+
+FP8 = {"kv_cache_dtype": "fp8", "index_cache_dtype": "fp8"}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_fp8_caches_in_graphs_and_eager(models: dict[str, Models], lag: int):
+    settings = {"num_draft_tokens": 3, **FP8}
+    eager, _ = answers(models["cuda"], True, enforce_eager=True, lag=0, **settings)
+    got, engine = answers(models["cuda"], True, lag=lag, **settings)
+    assert got == eager
+    assert engine.stats.acceptance.accepted > 0
+
+
+def test_fp8_caches_hold_what_the_cpu_holds(models: dict[str, Models]):
+    """Rounding may differ where a value lies in the middle; that is far less than fp8's error."""
+    text = tuple(prompts()[2])
+    wide, narrow = ((kind, kind) for kind in (torch.float32, torch.float8_e4m3fn))
+    exact, cpu = (logits_of(models["cpu"].target, text, 0, kinds) for kinds in (wide, narrow))
+    cuda = logits_of(models["cuda"].target, text, 0, narrow).cpu()
+    error, difference = compare(exact, cpu)[0].mean(), compare(cpu, cuda)[0].mean()
+    assert difference < 0.05 * error
