@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from eaglerun.bench import caches, contexts, prefill, profile, throughput
+from eaglerun.bench import caches, contexts, latency, prefill, profile, throughput
 from eaglerun.bench.evaluate import (
     TASKS,
     Answerer,
@@ -17,7 +17,6 @@ from eaglerun.bench.evaluate import (
     over_http,
     write_json,
 )
-from eaglerun.bench.latency import Latency
 from eaglerun.bench.table import say
 from eaglerun.bench.workbench import Options, Workbench
 from eaglerun.config import Config
@@ -169,10 +168,9 @@ def run_bench(config: Config, flags: argparse.Namespace) -> int:
     bench: Workbench | None = None
     if set(wanted) - {"kernels"}:
         bench = Workbench(config, options, longest)
-        latency = Latency(bench)
         parts |= {
-            "latency": latency.run,
-            "fill": latency.run_fill,
+            "latency": partial(latency.run, bench),
+            "fill": partial(latency.run_fill, bench),
             "profile": partial(profile.run, bench),
             "contexts": partial(contexts.run, bench),
             "prefill": partial(prefill.run, bench),

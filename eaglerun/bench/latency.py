@@ -22,7 +22,6 @@ CONCURRENCY = (1, 4, 16, 64)
 class Row:
     """One measurement. Times are medians over full decode steps, milliseconds.
 
-    draft_loaded   with K = 0: the engine keeps the draft's KV filled
     step_ms        from one commit to the next, host work included
     target_ms, draft_ms  of the step, on the device;  host_ms: the rest of step_ms
     out_tok_s      output tokens over the whole run, prefill included
@@ -34,7 +33,6 @@ class Row:
 
     concurrency: int
     num_draft_tokens: int
-    draft_loaded: bool
     step_ms: float
     target_ms: float
     draft_ms: float
@@ -86,7 +84,6 @@ def measure(
     return Row(
         concurrency=len(prompts),
         num_draft_tokens=num_draft_tokens,
-        draft_loaded=engine.num_draft_tokens > 0,
         step_ms=step_ms,
         target_ms=target_ms,
         draft_ms=draft_ms,
@@ -115,9 +112,7 @@ def share(part: float | None, whole: float) -> float | None:
 def _gain(row: Row, rows: Sequence[Row]) -> str:
     """out tok/s over that of the plain row of the same concurrency."""
     plain = [
-        r.out_tok_s
-        for r in rows
-        if r.concurrency == row.concurrency and not r.num_draft_tokens and not r.draft_loaded
+        r.out_tok_s for r in rows if r.concurrency == row.concurrency and not r.num_draft_tokens
     ]
     return f"{row.out_tok_s / plain[0]:.2f}x" if plain else "-"
 
@@ -161,48 +156,37 @@ FILL_COLUMNS: Columns[FillRow] = {
 }
 
 
-class Latency:
-    """The parts latency and fill, which share the plain rows."""
+def run(bench: Workbench) -> None:
+    """One row for each concurrency and K; the plain rows first, for the gain."""
+    options = bench.options
+    table = Table("latency", COLUMNS, options.out, bench.settings)
+    concurrencies = bench.concurrencies(CONCURRENCY)
+    for k in bench.num_drafts:
+        for n in concurrencies:
+            if bench.in_time(f"latency of K = {k} at {n}"):
+                engine = bench.engine(k > 0, max(concurrencies))
+                table.add(measure(bench, engine, bench.prompts(n), k, options.output_len))
+    print(table.to_text())
 
-    def __init__(self, bench: Workbench) -> None:
-        self._bench = bench
-        self._plain: dict[int, Row] = {}
 
-    def run(self) -> None:
-        """One row for each concurrency and K; the plain rows first, for the gain."""
-        bench = self._bench
-        concurrencies = bench.concurrencies(CONCURRENCY)
-        table = Table("latency", COLUMNS, bench.options.out, bench.settings)
-        for k in bench.num_drafts:
-            for n in concurrencies:
-                if bench.in_time(f"latency of K = {k} at {n}"):
-                    table.add(self._row(n, k))
-        print(table.to_text())
-
-    def run_fill(self) -> None:
-        """The plain engine against the one that holds the draft and drafts nothing."""
-        bench = self._bench
-        if bench.models.draft is None:
-            bench.skip("fill", "there is no draft")
-            return
-        table = Table("fill", FILL_COLUMNS, bench.options.out, bench.settings)
-        for n in bench.concurrencies(CONCURRENCY):
-            if bench.in_time(f"draft fill at {n}"):
-                plain = self._row(n, 0)
-                filling = self._measure(n, 0, draft=True)
-                cost = filling.step_ms / plain.step_ms - 1
-                table.add(FillRow(n, plain.step_ms, filling.step_ms, cost))
-        print(table.to_text())
-
-    def _row(self, concurrency: int, k: int) -> Row:
-        if k:
-            return self._measure(concurrency, k, draft=True)
-        if concurrency not in self._plain:
-            self._plain[concurrency] = self._measure(concurrency, 0, draft=False)
-        return self._plain[concurrency]
-
-    def _measure(self, concurrency: int, k: int, draft: bool) -> Row:
-        bench = self._bench
-        engine = bench.engine(draft, max(bench.concurrencies(CONCURRENCY)))
-        prompts = bench.prompts(concurrency)
-        return measure(bench, engine, prompts, k, bench.options.output_len)
+def run_fill(bench: Workbench) -> None:
+    """The plain engine against the one that holds the draft and drafts nothing, one right after
+    the other, for the GPU's clock drifts. A quarter of the output is steps enough."""
+    options = bench.options
+    if bench.models.draft is None:
+        bench.skip("fill", "there is no draft")
+        return
+    table = Table("fill", FILL_COLUMNS, options.out, bench.settings)
+    concurrencies = bench.concurrencies(CONCURRENCY)
+    output_len = max(options.output_len // 4, min(options.output_len, 32))
+    for n in concurrencies:
+        if bench.in_time(f"draft fill at {n}"):
+            plain, filling = (
+                measure(
+                    bench, bench.engine(draft, max(concurrencies)), bench.prompts(n), 0, output_len
+                )
+                for draft in (False, True)
+            )
+            cost = filling.step_ms / plain.step_ms - 1
+            table.add(FillRow(n, plain.step_ms, filling.step_ms, cost))
+    print(table.to_text())

@@ -56,7 +56,7 @@ def bench(tmp_path: Path, parts: str, *more: str) -> dict[str, list[dict]]:
     return found
 
 
-def test_latency_and_fill_share_the_plain_rows(tmp_path: Path):
+def test_latency_and_what_the_drafts_kv_costs(tmp_path: Path):
     found = bench(tmp_path, "latency,fill", "--bandwidth-gb-s=1")
     rows = found["latency"]
     assert [(r["concurrency"], r["num_draft_tokens"]) for r in rows] == [
@@ -65,11 +65,10 @@ def test_latency_and_fill_share_the_plain_rows(tmp_path: Path):
     for r in rows:
         assert r["step_ms"] > 0 and r["out_tok_s"] > 0 and r["floor_ms"] > 0 and r["kv_ms"] > 0
         assert r["step_ms"] == pytest.approx(r["target_ms"] + r["draft_ms"] + r["host_ms"])
-        assert r["draft_loaded"] == (r["num_draft_tokens"] > 0)
         assert (r["mean_acceptance_length"] > 1) == (r["num_draft_tokens"] > 0)
         assert 9 <= r["context"] <= 9 + 14 + 4
     fill = found["fill"]
-    assert [r["plain_ms"] for r in fill] == [r["step_ms"] for r in rows[:2]]
+    assert [r["concurrency"] for r in fill] == [1, 3]
     assert fill[0]["cost"] == pytest.approx(fill[0]["filling_ms"] / fill[0]["plain_ms"] - 1)
 
 
