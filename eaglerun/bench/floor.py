@@ -58,7 +58,8 @@ def step_bytes(
     """
     parts = {c.name: c.num_bytes for c in target_components(target, dtype)}
     moe = parts.pop("routed experts") * experts / target.num_experts if target.num_experts else 0.0
-    moe += parts.pop("router")
+    # The shared expert is part of the grouped product (kernels/moe_gemm.py).
+    moe += parts.pop("router") + parts.pop("shared experts")
     del parts["embedding"]  # a few rows of it
     linear = float(sum(parts.values()))
     layers, sparse = target.num_hidden_layers, sum(target.sparse_layers)
@@ -107,7 +108,7 @@ def prefill_flops(target: TargetSpec, draft: DraftSpec | None, length: int) -> P
     routed = parts.pop("routed experts")
     for name in ("embedding", "norms"):
         del parts[name]
-    moe = parts.pop("router")
+    moe = parts.pop("router") + parts.pop("shared experts")
     if target.num_experts:
         moe += routed * target.num_experts_per_tok // target.num_experts
     linear = sum(parts.values())

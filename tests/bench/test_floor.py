@@ -21,6 +21,7 @@ def test_a_plain_step_reads_its_weights_once_and_the_experts_it_hits():
     assert least.weights == pytest.approx(6.15e9 + 5 * 4 * EXPERT, rel=2e-3)
     more = step_bytes(TARGET, None, KV, "bfloat16", 0, 5.0, 1, 1000)
     assert more.weights - least.weights == pytest.approx(5 * EXPERT)
+    assert least.moe == pytest.approx(5 * (4 + 1) * EXPERT, rel=2e-2), "and the shared one"
     assert sum(least.by_group().values()) == least.weights + least.kv
 
 
@@ -60,9 +61,9 @@ def test_a_prefill_by_hand():
     shared = 5 * 3 * 6144 * 3072
     mlp = 3 * 3 * 6144 * 12288
     head = 6144 * 200064
-    assert found.linear == pytest.approx(2 * (length * (attention + shared + mlp) + head))
+    assert found.linear == pytest.approx(2 * (length * (attention + mlp) + head))
     router = 5 * (128 * 6144 + 128)
-    assert found.moe == pytest.approx(2 * length * (5 * 4 * 3 * 6144 * 3072 + router))
+    assert found.moe == pytest.approx(2 * length * (5 * 4 * 3 * 6144 * 3072 + shared + router))
     parts = found.linear + found.moe + dense + sparse + scan
     assert found.total == pytest.approx(parts)
 

@@ -37,11 +37,14 @@ def test_every_command_of_the_h200_script_parses(tmp_path: Path, monkeypatch: py
         assert flags.num_steps == 4 and flags.out.parent == tmp_path
         for path in (config.model.model, config.model.draft):
             assert preset is None or (ROOT / str(path) / "config.json").is_file()
-    assert measured == set(PARTS)
+    # What fp8 caches cost in accuracy is asked of the demo pair, which has something to lose.
+    assert set(PARTS) - measured == {"caches"}
     assert presets == ["m3-8l-h200", "m3-8l-h200-mha", "m3-8l-h200", None]
     assert (tmp_path / "run.log").is_file() and (tmp_path / "tables.md").is_file()
 
 
 def test_parts_are_chosen_by_name(tmp_path: Path):
-    (argv,) = commands(tmp_path, "kernels")
-    assert argv[:2] == ["bench", "kernels"]
+    overlap, kernels = commands(tmp_path, "overlap", "kernels")
+    flags = parse_flags(_parser(overlap), overlap)
+    assert config_of(flags)[0].scheduling.overlap_kernels
+    assert kernels[:2] == ["bench", "kernels"]
