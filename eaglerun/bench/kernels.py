@@ -371,15 +371,18 @@ def prefill_cases() -> Iterator[Case]:
             n * GROUPS * (DIM * 2 + length / PAGE * 8),
             2.0 * pairs * GROUPS * DIM,
         )
-        ids = index_topk_ragged.kernel(*args)
-        seen = float((ids >= 0).sum()) * PAGE / GROUPS
-        yield Case(
-            f"attention_sparse_ragged {name}",
-            attention_sparse_ragged,
-            [(q, k, v, ids, *where, DIM**-0.5)],
-            moved,
-            4.0 * seen * HEADS * DIM,
-        )
+        # Rows that share no choice, and rows that choose much as their neighbours do.
+        alike = index_q[::16].repeat_interleave(16, dim=0) + 0.2 * randn(n, GROUPS, DIM)
+        for kind, wish in (("", index_q), (" alike", alike)):
+            ids = index_topk_ragged.kernel(wish, *args[1:])
+            seen = float((ids >= 0).sum()) * PAGE / GROUPS
+            yield Case(
+                f"attention_sparse_ragged {name}{kind}",
+                attention_sparse_ragged,
+                [(q, k, v, ids, *where, DIM**-0.5)],
+                moved,
+                4.0 * seen * HEADS * DIM,
+            )
 
 
 def moe_cases() -> Iterator[Case]:

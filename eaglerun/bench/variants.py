@@ -115,6 +115,28 @@ GROUPS_OF_CASES = (
             "down 4 stages": {"moe_down_many": {"num_stages": 4}},
         },
     ),
+    Group(
+        ("attention_sparse_ragged",),
+        prefill_cases,
+        {
+            "table": {},
+            "shared, 64 x 64": {"attention_sparse_prefill": {"SHARE": 1}},
+            "shared, 64 x 128": {
+                "attention_sparse_prefill": {"SHARE": 1},
+                "attention_sparse_union": {"BLOCK_N": 128, "num_stages": 2},
+            },
+            "shared, 128 x 64": {
+                "attention_sparse_prefill": {"SHARE": 1},
+                "attention_sparse_union": {"BLOCK_M": 128, "num_warps": 8},
+            },
+            "shared, 128 x 128": {
+                "attention_sparse_prefill": {"SHARE": 1},
+                "attention_sparse_union": {
+                    "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2,
+                },
+            },
+        },
+    ),
 )  # fmt: skip
 
 
