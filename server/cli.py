@@ -8,14 +8,14 @@ from eaglerun import __version__
 from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import CheckpointError, ConfigError, EaglerunError
 from eaglerun.messages import SamplingParams, SpeculationStats
-from eaglerun.server import serve
 from eaglerun.server.flags import Parser, add_settings, config_of, parse_flags
 
 REFUSED, FAILED = 2, 1
 
 
-def main(argv: Sequence[str] | None = None, engine: Sequence[str] = serve.ENGINE) -> int:
-    """Run a command line; the exit code. ``engine`` starts the engine's process of a server."""
+def main(argv: Sequence[str] | None = None, engine: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code. ``engine`` starts the engine's process of a server; None:
+    this build's."""
     try:
         return _run(sys.argv[1:] if argv is None else argv, engine)
     except (ConfigError, CheckpointError) as error:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None, engine: Sequence[str] = serve.ENGINE
         return FAILED
 
 
-def _run(argv: Sequence[str], engine: Sequence[str]) -> int:
+def _run(argv: Sequence[str], engine: Sequence[str] | None) -> int:
     flags = parse_flags(_parser(argv), argv)
     config, preset = config_of(flags)
     if preset is not None:
@@ -35,7 +35,10 @@ def _run(argv: Sequence[str], engine: Sequence[str]) -> int:
         _say(f"{config.model.model} is the bundled pair of small models; name a MODEL for another")
     match flags.command:
         case "serve":
-            return serve.serve(config, engine)
+            # Nothing else needs the packages of a web server.
+            from eaglerun.server import serve
+
+            return serve.serve(config, serve.ENGINE if engine is None else engine)
         case "generate":
             return _generate(config, flags)
         case "eval" | "bench":
@@ -75,17 +78,25 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def _add_measuring(parser: argparse.ArgumentParser, name: str) -> None:
     # See _generate; only the command that is asked for pays.
-    from eaglerun.bench import commands
+    if name == "bench":
+        from eaglerun.bench.commands import add_bench_flags
 
-    (commands.add_eval_flags if name == "eval" else commands.add_bench_flags)(parser)
+        add_bench_flags(parser)
+    else:
+        from eaglerun.bench.eval_command import add_eval_flags
+
+        add_eval_flags(parser)
 
 
 def _measure(config: Config, flags: argparse.Namespace) -> int:
     # See _generate.
-    from eaglerun.bench import commands
+    if flags.command == "bench":
+        from eaglerun.bench.commands import run_bench
 
-    run = commands.run_eval if flags.command == "eval" else commands.run_bench
-    return run(config, flags)
+        return run_bench(config, flags)
+    from eaglerun.bench.eval_command import run_eval
+
+    return run_eval(config, flags)
 
 
 def _generate(config: Config, flags: argparse.Namespace) -> int:

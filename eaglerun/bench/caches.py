@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eaglerun.bench.evaluate import TASKS, load_problems, render
 from eaglerun.bench.table import Columns, Table, number, percent, say
 from eaglerun.bench.workbench import Workbench
 from eaglerun.config import Config, SpeculationConfig
@@ -122,6 +121,9 @@ def _texts(bench: Workbench, config: Config) -> dict[str, list[Text]]:
     llm = LLM.from_engine(Engine(config, bench.models))
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     found = {}
+    # As in Workbench.prompts: only chats need the server's packages.
+    from eaglerun.bench.evaluate import TASKS, load_problems, render
+
     for task in TASKS:
         problems = load_problems(task, bench.options.num_prompts)
         prompts = [render(bench.models, problem, "adaptive") for problem in problems]

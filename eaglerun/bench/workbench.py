@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from eaglerun.bench.drive import random_prompts
-from eaglerun.bench.evaluate import load_problems, render
 from eaglerun.bench.floor import StepBytes, step_bytes
 from eaglerun.bench.table import say
 from eaglerun.budget import KVBudget
@@ -154,6 +153,9 @@ class Workbench:
         if self.options.prompts == "random":
             vocab_size, seed = self.models.target.spec.vocab_size, self.config.model.seed
             return random_prompts(count, self.options.input_len, vocab_size, seed)
+        # The server's packages, which chat templates need, may be missing where one only measures.
+        from eaglerun.bench.evaluate import load_problems, render
+
         return [render(self.models, p, "adaptive") for p in load_problems("seeds", count)]
 
     def step_bytes(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine.schedules import pair
 
-from eaglerun.bench import caches
+from eaglerun.bench import caches, evaluate
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.llm import LLM
@@ -67,7 +67,7 @@ def test_compare_by_hand():
 
 
 def test_the_demo_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(caches, "TASKS", ("seeds",))
+    monkeypatch.setattr(evaluate, "TASKS", ("seeds",))
     monkeypatch.setattr(caches, "MAX_TOKENS", 6)
     flags = ("--num-prompts=2", "--max-num-seqs=2", "--num-draft-tokens=0", f"--out={tmp_path}")
     assert cli.main(["bench", "caches", "--device=cpu", *flags]) == 0
