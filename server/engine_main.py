@@ -29,11 +29,16 @@ def make_engine(config: Config, progress: Callable[[str], None]) -> Served:
         f"longest sequence {engine.max_model_len}"
     )
     progress("Warming up")
+    warm_up(engine)
+    return Served(engine, models.path)
+
+
+def warm_up(engine: Engine) -> None:
+    """Answer one short request, where one fits."""
     if engine.max_model_len > len(WARM_UP.prompt_ids):
         engine.submit(WARM_UP)
         while engine.has_work:
             engine.step()
-    return Served(engine, models.path)
 
 
 def _with_draft(config: Config) -> str:

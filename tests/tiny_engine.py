@@ -16,6 +16,7 @@ from pairs import tiny_pair
 
 from eaglerun.config import Config
 from eaglerun.engine import Engine
+from eaglerun.server.engine_main import warm_up
 from eaglerun.server.engine_process import Served, run
 
 
@@ -28,7 +29,9 @@ def main() -> int:
     def make_engine(config: Config, progress: Callable[[str], None]) -> Served:
         models = tiny_pair(vocab_size=TOKENIZER.get_vocab_size(), noise=0.3)
         models = dataclasses.replace(models, tokenizer=TOKENIZER, path=checkpoint)
-        return Served(Engine(config, models), checkpoint)
+        engine = Engine(config, models)
+        warm_up(engine)
+        return Served(engine, checkpoint)
 
     return run(make_engine)
 

@@ -64,6 +64,7 @@ def test_256_streams_with_leavers_equal_the_same_alone(tmp_path: Path):
         assert metric(text, "eaglerun:num_requests_waiting") == 0
         reasons = ("stop", "length", "abort")
         ends = [metric(text, ENDED, finished_reason=reason) for reason in reasons]
+        # Each of them and nothing else: the warm-up is nobody's.
         assert sum(ends) == NUM_STREAMS + NUM_ALONE and all(ends)
         # The schedule was not an easy one.
         assert metric(text, "eaglerun:num_preemptions_total") > 0
