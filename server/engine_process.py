@@ -16,21 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-import zmq
-
 from eaglerun.config import Config
 from eaglerun.errors import CapacityError, CheckpointError, ConfigError, RequestError
 from eaglerun.messages import Event, Failed, Finished, Request, Tokens
 from eaglerun.server import wire
+from eaglerun.server.link import Hangup, HttpLink
 from eaglerun.server.logs import configure_logging
 from eaglerun.server.wire import Totals
 from eaglerun.speculative.stats import EngineStats
 
 log = logging.getLogger(__name__)
 
-# Frames on their way before a step waits for the HTTP process; each holds a whole step.
-MAX_FRAMES = 64
-FLUSH_MS = 2000
 BROKE = "the engine failed"
 NOT_STARTED, HTTP_ENDED = 2, 3
 
@@ -89,24 +85,15 @@ def run(make_engine: MakeEngine) -> int:
     start = wire.decode_start(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_http_process, args=(start,), daemon=True).start()
     configure_logging(start.config.server.log_level, "EngineCore")
-    context = zmq.Context()
-    commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    commands.rcvhwm = 0
-    events.sndhwm = MAX_FRAMES
-    commands.connect(start.commands)
-    events.connect(start.events)
-
-    def report(what: wire.Report) -> None:
-        events.send(wire.encode(what))
-
+    link = HttpLink(start.address)
     try:
         try:
-            served = make_engine(start.config, lambda stage: report(wire.Loading(stage)))
+            served = make_engine(start.config, lambda stage: link.send(wire.Loading(stage)))
         except (ConfigError, CheckpointError, CapacityError) as error:
-            report(wire.NotStarted(str(error)))
+            link.send(wire.NotStarted(str(error)))
             return NOT_STARTED
         engine = served.engine
-        report(
+        link.send(
             wire.Ready(
                 engine.model_name,
                 engine.max_model_len,
@@ -114,12 +101,12 @@ def run(make_engine: MakeEngine) -> int:
                 None if served.checkpoint is None else str(served.checkpoint),
             )
         )
-        EngineLoop(engine, commands, report).run()
+        EngineLoop(engine, link).run()
         return 0
+    except Hangup:
+        return HTTP_ENDED
     finally:
-        commands.close(0)
-        events.close(FLUSH_MS)
-        context.term()
+        link.close()
 
 
 def _end_with_http_process(start: wire.Start) -> NoReturn:
@@ -129,23 +116,17 @@ def _end_with_http_process(start: wire.Start) -> NoReturn:
     """
     while os.read(sys.stdin.fileno(), 1):
         pass
-    for address in (start.commands, start.events):
-        shutil.rmtree(Path(address.removeprefix("ipc://")).parent, ignore_errors=True)
+    # Not there any more, unless it ended before this process had connected.
+    shutil.rmtree(Path(start.address).parent, ignore_errors=True)
     os._exit(HTTP_ENDED)
 
 
 class EngineLoop:
     """Alternates between commands and steps; waits for a command when there is nothing to do."""
 
-    def __init__(
-        self,
-        engine: ServedEngine,
-        commands: "zmq.Socket[bytes]",
-        report: Callable[[wire.Report], None],
-    ) -> None:
+    def __init__(self, engine: ServedEngine, link: HttpLink) -> None:
         self._engine = engine
-        self._commands = commands
-        self._report = report
+        self._link = link
         # What the engine counted before anyone asked, by warming up, is not the users'.
         self._step_s = 0.0
         self._before = self._count()
@@ -159,6 +140,8 @@ class EngineLoop:
                 self._take_commands()
                 if self._engine.has_work and not self._stopped:
                     self._step()
+        except Hangup:
+            raise
         except Exception:
             log.exception("the engine failed; every open request fails")
             self._send(self._engine.close(BROKE), None)
@@ -166,16 +149,11 @@ class EngineLoop:
 
     def _take_commands(self) -> None:
         """All commands that are there; the first is waited for if the engine is idle."""
-        if not self._engine.has_work:
-            self._commands.poll()
+        command = self._link.receive(wait=not self._engine.has_work)
         accepted: list[str] = []
         refused: list[wire.Refused] = []
-        while not self._stopped:
-            try:
-                frame = self._commands.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            match wire.decode_command(frame):
+        while command is not None:
+            match command:
                 case wire.Submit(request):
                     try:
                         self._engine.submit(request)
@@ -187,9 +165,11 @@ class EngineLoop:
                 case wire.Stop(message):
                     self._stopped = True
                     self._send(self._engine.close(message), self._totals())
+                    break
+            command = self._link.receive(wait=False)
         if accepted or refused:
             # Before the step, so that a client hears of a refusal at once.
-            self._report(wire.Step(accepted=tuple(accepted), refused=tuple(refused)))
+            self._link.send(wire.Step(accepted=tuple(accepted), refused=tuple(refused)))
 
     def _step(self) -> None:
         begin = time.perf_counter()
@@ -203,7 +183,7 @@ class EngineLoop:
             self._send(events, self._totals() if due else None)
 
     def _send(self, events: list[Event], totals: Totals | None) -> None:
-        self._report(
+        self._link.send(
             wire.Step(
                 tokens=tuple([e for e in events if type(e) is Tokens]),
                 finished=tuple([e for e in events if type(e) is Finished]),

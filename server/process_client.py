@@ -164,7 +164,8 @@ class ProcessClient:
         """
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[wire.Ready] = self._loop.create_future()
-        self._link = EngineLink()
+        self._link = EngineLink(self._on_report)
+        await self._link.listen()
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command, stdin=asyncio.subprocess.PIPE
@@ -177,12 +178,7 @@ class ProcessClient:
         # Held open until this process ends; the engine ends with it.
         stdin = process.stdin
         assert stdin is not None
-        stdin.write(
-            wire.encode_start(
-                wire.Start(self._config, self._link.commands_address, self._link.events_address)
-            )
-        )
-        self._loop.add_reader(self._link.fileno, self._read)
+        stdin.write(wire.encode_start(wire.Start(self._config, self._link.address)))
         self.ended = asyncio.create_task(self._watch(process))
         ready = self._ready = await self._started
         self._last_step_s = self._loop.time()
@@ -191,12 +187,9 @@ class ProcessClient:
     async def _watch(self, process: Process) -> int:
         """Wait for the process to end, fail what is open then, and return its exit code."""
         code = await process.wait()
-        while self._take_report():
-            pass
+        await self._link.finish()
         self._alive = False
         self._ready = None
-        self._loop.remove_reader(self._link.fileno)
-        self._link.close()
         if not self._started.done():
             self._started.set_exception(EngineError(f"the engine process ended, code {code}"))
         for verdict in self._verdicts.values():
@@ -295,24 +288,17 @@ class ProcessClient:
 
     # Reports
 
-    def _read(self) -> None:
-        """Take a report that has come; the next only after the streams could write this one's."""
-        if self._alive and self._take_report():
-            self._loop.call_soon(self._read)
-
-    def _take_report(self) -> bool:
-        """Whether there was one."""
-        report = self._link.receive()
+    def _on_report(self, report: wire.Report) -> None:
         match report:
             case wire.Step():
                 self._on_step(report)
             case wire.Loading(stage):
                 self._report(stage)
-            case wire.NotStarted(message):
+            # Nobody waits for these any more if the server was told to stop meanwhile.
+            case wire.NotStarted(message) if not self._started.done():
                 self._started.set_exception(ConfigError(message))
-            case wire.Ready():
+            case wire.Ready() if not self._started.done():
                 self._started.set_result(report)
-        return report is not None
 
     def _on_step(self, step: wire.Step) -> None:
         now = self._last_step_s = self._loop.time()

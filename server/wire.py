@@ -19,11 +19,10 @@ TOTALS_EVERY_S = 0.25
 
 
 class Start(Struct):
-    """How the engine is to be set up, and where the two sockets are."""
+    """How the engine is to be set up, and the path of the socket to connect to."""
 
     config: Config
-    commands: str
-    events: str
+    address: str
 
 
 class Submit(Struct, tag="submit"):
@@ -144,8 +143,8 @@ Report = Loading | NotStarted | Ready | Step
 
 _encoder = msgspec.msgpack.Encoder()
 encode: Callable[[Command | Report], bytes] = _encoder.encode
-decode_command: Callable[[bytes], Command] = msgspec.msgpack.Decoder(Command).decode
-decode_report: Callable[[bytes], Report] = msgspec.msgpack.Decoder(Report).decode
+decode_command: Callable[[bytes | bytearray], Command] = msgspec.msgpack.Decoder(Command).decode
+decode_report: Callable[[bytes | bytearray], Report] = msgspec.msgpack.Decoder(Report).decode
 
 
 def encode_start(start: Start) -> bytes:

@@ -7,18 +7,22 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scripted_engine import FOREVER, text_of
 
 from eaglerun.config import resolve
 from eaglerun.errors import CapacityError, ConfigError, EngineError, RequestError
 from eaglerun.messages import Event, Failed, Finished, FinishReason, Request, SamplingParams, Tokens
 from eaglerun.server.client import Events
+from eaglerun.server.link import EngineLink, Frames, frame
 from eaglerun.server.metrics import RequestMetrics
 from eaglerun.server.process_client import ProcessClient
 
@@ -26,14 +30,14 @@ ENGINE = (sys.executable, str(Path(__file__).parents[1] / "scripted_engine.py"))
 LIMIT_S = 15
 
 
-def make_client(*flags: str, **settings: object) -> ProcessClient:
-    config = resolve({"draft": "d", **settings}, environ={})
+def make_client(*flags: str, **values: object) -> ProcessClient:
+    config = resolve({"draft": "d", **values}, environ={})
     return ProcessClient(config, (*ENGINE, *flags), RequestMetrics(), lambda stage: None)
 
 
 @asynccontextmanager
-async def running(*flags: str, **settings: object) -> AsyncIterator[ProcessClient]:
-    client = make_client(*flags, **settings)
+async def running(*flags: str, **values: object) -> AsyncIterator[ProcessClient]:
+    client = make_client(*flags, **values)
     async with asyncio.timeout(4 * LIMIT_S):
         try:
             await client.start()
@@ -95,16 +99,43 @@ def test_answers_arrive_whole_and_once():
     asyncio.run(main())
 
 
-def test_sockets_are_private_and_leave_no_trace():
+def test_the_socket_is_private_and_leaves_no_trace():
     async def main() -> None:
+        link = EngineLink(lambda report: None)
+        await link.listen()
+        path = Path(link.address)
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        link.close()
+        assert not path.parent.exists()
+
         async with running() as client:
-            directory = client._link.directory
-            assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-            modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in directory.iterdir()}
-            assert modes == {"commands": 0o600, "events": 0o600}
-        assert not directory.exists()
+            # Once the engine has connected nobody else can.
+            assert not client._link.directory.exists()
 
     asyncio.run(main())
+
+
+def test_a_path_that_is_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(ConfigError, match="set TMPDIR to a shorter path"):
+        asyncio.run(make_client().start())
+    assert list(deep.iterdir()) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.binary(max_size=300), max_size=20), st.data())
+def test_frames_survive_any_split(contents: list[bytes], data: st.DataObject):
+    whole = b"".join(map(frame, contents))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=10)))
+    frames, found = Frames(), []
+    for begin, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
+        frames.add(whole[begin:end])
+        while (content := frames.take()) is not None:
+            found.append(bytes(content))
+    assert found == contents and not frames
 
 
 def test_refusals_name_the_field_and_leave_nothing():
@@ -285,6 +316,7 @@ KILL_YOURSELF = """
 import asyncio, os, signal, sys
 from eaglerun.config import Config
 from eaglerun.messages import Request
+from eaglerun.server.link import EngineLink, Frames, frame
 from eaglerun.server.metrics import RequestMetrics
 from eaglerun.server.process_client import ProcessClient
 
