@@ -3,11 +3,16 @@
 python recipes/bench_server.py [--seconds 5] [--route chat|completions] [--profile FILE]
 
 A scripted engine stands where the real one would; it and this client have processes of their own,
-whose CPU time is not counted. An event is one SSE data line; lines are never merged.
+whose CPU time is not counted. An event is one SSE data line; lines are never merged. The added
+delay is that from the engine to the client less that of the same events written straight into the
+client's connections by a process without any server. The HTTP process has the machine's last core
+to itself; all else runs on the others.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import selectors
@@ -17,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +37,9 @@ ROUTES = {
 }
 STAMP = re.compile(rb'(?:"content":|"text":)"(\d{10,})"')
 WARM_UP_S = 1.5
+CORES = sorted(os.sched_getaffinity(0))
+LAST_CORE = {CORES[-1]}
+OTHER_CORES = set(CORES[:-1]) or LAST_CORE
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,47 @@ def measure(selector: selectors.DefaultSelector, pid: int, seconds: float, timed
             return Cost(time.perf_counter() - then, spent, events - before, sorted(delays))
 
 
+def pin(pid: int, cores: set[int]) -> None:
+    """Keep a process, all its threads, on ``cores``."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), cores)
+
+
+def write_straight(listener: socket.socket, count: int, rate: int) -> None:
+    """Stamped events, as many and as spread as the engine's, without a server between."""
+    connections = [listener.accept()[0] for _ in range(count)]
+    begin, period = time.perf_counter(), 1 / rate
+    phases = sorted((0.618034 * i % 1, connection) for i, connection in enumerate(connections))
+    with suppress(ConnectionError):
+        for turn in itertools.count():
+            for phase, connection in phases:
+                time.sleep(max(0.0, begin + (turn + phase) * period - time.perf_counter()))
+                connection.send(b'data: {"text":"%d"}\n\n' % time.perf_counter_ns())
+
+
+def run_straight(flags: argparse.Namespace) -> Cost:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        source = multiprocessing.Process(
+            target=write_straight, args=(listener, flags.streams, flags.rate)
+        )
+        source.start()
+        assert source.pid is not None
+        pin(source.pid, LAST_CORE)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with streams(url, flags.route, flags.streams) as selector:
+            cost = measure(selector, source.pid, flags.seconds, timed=True)
+        source.join()
+    return cost
+
+
 def run(flags: argparse.Namespace, count: int, engine: str, timed: bool) -> Cost:
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = write_checkpoint(Path(directory))
         with serving(checkpoint, engine=engine) as (server, url):
+            pid = server.process.pid
+            [engine_pid] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            pin(pid, LAST_CORE)
+            pin(int(engine_pid), OTHER_CORES)
             with streams(url, flags.route, count) as selector:
                 profiler = None
                 if flags.profile and not timed:
@@ -123,6 +168,7 @@ def main() -> None:
     parser.add_argument("--route", choices=ROUTES, default="chat")
     parser.add_argument("--profile", metavar="FILE", help="collapsed stacks, by py-spy")
     flags = parser.parse_args()
+    pin(os.getpid(), OTHER_CORES)
     print(f"load average before: {os.getloadavg()[0]:.2f}")
     full = run(flags, flags.streams, "--num-accepted 0", timed=False)
     print(
@@ -132,13 +178,20 @@ def main() -> None:
         f"{1e6 * full.cpu_s / full.events:.1f} us of CPU an event"
     )
     paced = run(flags, flags.streams, f"--num-accepted 0 --rate {flags.rate}", timed=True)
-    delays = paced.delays_us
-    p50, p90, p99 = (delays[int(len(delays) * q)] for q in (0.5, 0.9, 0.99))
     print(
         f"{flags.streams} streams x {flags.rate} events/s: {paced.events / paced.seconds:,.0f} "
-        f"events/s, HTTP process {100 * paced.cpu_s / paced.seconds:.0f} % of a core, "
-        f"added p50 {p50 / 1e3:.3f} ms, p90 {p90 / 1e3:.3f} ms, p99 {p99 / 1e3:.3f} ms"
+        f"events/s, HTTP process {100 * paced.cpu_s / paced.seconds:.0f} % of a core"
     )
+    through, straight = (quantiles(cost.delays_us) for cost in (paced, run_straight(flags)))
+    for name, q, p in zip(("p50", "p90", "p99"), through, straight, strict=True):
+        print(
+            f"{name} from engine to client {q:.3f} ms, without a server {p:.3f} ms: {q - p:.3f} ms"
+        )
+
+
+def quantiles(delays_us: list[float]) -> list[float]:
+    """p50, p90, p99 in milliseconds."""
+    return [delays_us[int(len(delays_us) * q)] / 1e3 for q in (0.5, 0.9, 0.99)]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The port is open before the engine is ready; until then every route but /health 
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import ipaddress
 import logging
 import signal
@@ -34,6 +35,7 @@ from eaglerun.server.monitor import Monitor
 from eaglerun.server.page import OPEN_PATHS, page_routes
 from eaglerun.server.process_client import ProcessClient
 from eaglerun.server.settings import Limits, RateLimit, Settings
+from eaglerun.server.stream import BODY_SEND
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +149,7 @@ class Front:
         self.app: ASGIApp = self._loading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[BODY_SEND] = send
         await self.app(scope, receive, send)
 
     async def _loading(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -250,6 +253,9 @@ class _HttpProcess:
         metrics = metrics_route(Exposition(name, self._metrics, totals))
         pages = page_routes(monitor, client.status, totals)
         self._front.app = create_app(client, settings, chat, [metrics, *pages])
+        # What is here by now stays; the collector need not look at it in the midst of streams.
+        gc.collect()
+        gc.freeze()
         log.info("Ready: %s at %s (the API under /v1, a live page at /)", name, self.url)
         return chat
 

@@ -28,6 +28,9 @@ from eaglerun.server.failures import (
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+# In the scope: the HTTP server's own send. The layers above it look at the first message of an
+# answer only, so that the others need not pass through them.
+BODY_SEND = "eaglerun.body_send"
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -78,10 +81,12 @@ class Answer(Response):
         self._prompt_field = prompt_field
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = _Reply(send, self._writer.streams)
+        reply = _Reply(send, scope.get(BODY_SEND, send), self._writer.streams)
         async with DisconnectWatch(receive) as watch:
             try:
-                await self._run(reply, watch)
+                # A task of its own: else every event's waking would walk down through the frames
+                # of all that awaits this call, the routes and the middleware.
+                await asyncio.create_task(self._run(reply, watch))
             except (ApiError, RequestError, CapacityError, EngineError) as error:
                 known = as_api_error(error, self._prompt_field)
                 if not reply.started:
@@ -140,10 +145,11 @@ class Answer(Response):
 
 
 class _Reply:
-    """The answer's side of the connection."""
+    """The answer's side of the connection. ``send_body`` takes what follows the first message."""
 
-    def __init__(self, send: Send, streams: bool) -> None:
+    def __init__(self, send: Send, send_body: Send, streams: bool) -> None:
         self._send = send
+        self._send_body = send_body
         self._streams = streams
         self.started = False
 
@@ -157,7 +163,7 @@ class _Reply:
                     (b"content-length", b"%d" % len(chunk)),
                 ]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": not last})
+        await self._send_body({"type": "http.response.body", "body": chunk, "more_body": not last})
 
 
 class DisconnectWatch:
