@@ -153,6 +153,8 @@ class Runner:
             self.state.padding_slot,
             self.device,
         )
+        # The step being launched, for whoever watches the forwards.
+        self.plan: StepPlan | None = None
         self.graphs = Graphs(self.device, options.capture, self.buffers.blank, options.graph_bytes)
 
     def kv_regions(self) -> tuple[KVRegion, ...]:
@@ -170,6 +172,7 @@ class Runner:
             return self._launch(plan)
 
     def _launch(self, plan: StepPlan) -> PendingStep:
+        self.plan = plan
         for admission in plan.admissions:
             self.state.admit(admission, self.options.eos_token_ids, self.block_carry)
         for update in plan.blocks:

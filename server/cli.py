@@ -1,4 +1,4 @@
-"""The command eaglerun: serve, generate, eval, bench, check-config."""
+"""The command eaglerun: serve, generate, eval, lossless, bench, check-config."""
 
 import argparse
 import sys
@@ -41,7 +41,7 @@ def _run(argv: Sequence[str], engine: Sequence[str] | None) -> int:
             return serve.serve(config, serve.ENGINE if engine is None else engine)
         case "generate":
             return _generate(config, flags)
-        case "eval" | "bench":
+        case "eval" | "bench" | "lossless":
             return _measure(config, flags)
         case _:
             return _check_config(config)
@@ -55,13 +55,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         ("serve", "an OpenAI server; with nothing else, of the bundled demo pair"),
         ("generate", "answers to prompts, here and now"),
         ("eval", "accuracy on the demo's held-out problems, with and without the draft"),
+        ("lossless", "answers with the draft against those without it, each difference explained"),
         ("bench", "step time, throughput, long contexts, prefill, kernels; with and without draft"),
         ("check-config", "the settings in effect and what the models would take; loads nothing"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "generate":
             _add_sampling(command)
-        if name in ("eval", "bench") and name in argv[:1]:
+        if name in ("eval", "bench", "lossless") and name in argv[:1]:
             _add_measuring(command, name)
         add_settings(command)
     return parser
@@ -82,6 +83,10 @@ def _add_measuring(parser: argparse.ArgumentParser, name: str) -> None:
         from eaglerun.bench.commands import add_bench_flags
 
         add_bench_flags(parser)
+    elif name == "lossless":
+        from eaglerun.bench.lossless import add_flags
+
+        add_flags(parser)
     else:
         from eaglerun.bench.eval_command import add_eval_flags
 
@@ -94,6 +99,10 @@ def _measure(config: Config, flags: argparse.Namespace) -> int:
         from eaglerun.bench.commands import run_bench
 
         return run_bench(config, flags)
+    if flags.command == "lossless":
+        from eaglerun.bench.lossless import run
+
+        return run(config, flags)
     from eaglerun.bench.eval_command import run_eval
 
     return run_eval(config, flags)

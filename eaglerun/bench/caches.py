@@ -126,7 +126,7 @@ def _texts(bench: Workbench, config: Config) -> dict[str, list[Text]]:
 
     for task in TASKS:
         problems = load_problems(task, bench.options.num_prompts)
-        prompts = [render(bench.models, problem, "adaptive") for problem in problems]
+        prompts = render(bench.models, problems, "adaptive")
         say(f"caches: {len(prompts)} answers of {task}")
         outputs = llm.generate(prompts, params, progress=False)
         found[task] = [

@@ -136,17 +136,25 @@ def score(mode: str, problems: Sequence[Problem], answers: Sequence[Answer]) -> 
     )
 
 
-def render(models: Models, problem: Problem, mode: str) -> tuple[int, ...]:
-    """The problem as a chat, in the checkpoint's own template and thinking mode."""
+def render(models: Models, problems: Sequence[Problem], mode: str) -> list[tuple[int, ...]]:
+    """The problems as chats, in the checkpoint's own template and thinking mode."""
     if models.path is None:
         raise ConfigError("chats need a checkpoint with a tokenizer and a chat template")
     chat = load_chat(models.path, Limits())
-    messages = [UserMessage(role="user", content=problem.content)]
+
+    async def prompts() -> list[tuple[int, ...]]:
+        found = []
+        for problem in problems:
+            messages = [UserMessage(role="user", content=problem.content)]
+            values = {"thinking_mode": mode}
+            prompt = await chat.prompt(messages, None, template_kwargs=values)
+            found.append(prompt.token_ids)
+        return found
+
     try:
-        prompt = asyncio.run(chat.prompt(messages, None, template_kwargs={"thinking_mode": mode}))
+        return asyncio.run(prompts())
     finally:
         chat.close()
-    return prompt.token_ids
 
 
 def in_process(
@@ -166,8 +174,7 @@ def in_process(
     )
 
     def answer(problems: Sequence[Problem]) -> list[Answer]:
-        prompts = [render(models, p, mode) for p in problems]
-        outputs = llm.generate(prompts, params)
+        outputs = llm.generate(render(models, problems, mode), params)
         return [Answer(o.text, o.token_ids, o.speculation) for o in outputs]
 
     return answer

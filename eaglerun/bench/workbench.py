@@ -156,7 +156,7 @@ class Workbench:
         # The server's packages, which chat templates need, may be missing where one only measures.
         from eaglerun.bench.evaluate import load_problems, render
 
-        return [render(self.models, p, "adaptive") for p in load_problems("seeds", count)]
+        return render(self.models, load_problems("seeds", count), "adaptive")
 
     def step_bytes(
         self, num_draft_tokens: int, experts: float, num_sequences: int, context: float

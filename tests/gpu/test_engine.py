@@ -56,7 +56,10 @@ def prompts() -> list[list[int]]:
     return [torch.randint(1, 512, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def answers(models: Models, draft: bool, **settings: object) -> tuple[list[list[int]], Engine]:
+def answers(
+    models: Models, draft: bool, poison: bool = False, **settings: object
+) -> tuple[list[list[int]], Engine]:
+    """``poison``: NaN in all memory that a cell is written to before it is read."""
     config = {
         "draft": "small" if draft else None,
         "max_model_len": 512,
@@ -67,6 +70,12 @@ def answers(models: Models, draft: bool, **settings: object) -> tuple[list[list[
         **settings,
     }
     engine = Engine(resolve(config, environ={}), models if draft else without_draft(models))
+    if poison:
+        runner = engine.runner
+        for region in runner.kv_regions():
+            region.tensor.fill_(float("nan"))
+        if runner.aux is not None:
+            runner.aux.fill_(float("nan"))
     params = [
         SamplingParams(
             temperature=float(i % 2), seed=i, max_tokens=64, ignore_eos=True, top_k=40 * (i % 3)
@@ -95,6 +104,17 @@ def test_lossless(models: dict[str, Models], k: int, lag: int, eager: bool, over
     if k:
         assert engine.stats.acceptance.accepted > 0
     engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("k", [0, 3])
+def test_memory_is_written_before_it_is_read(models: dict[str, Models], k: int, eager: bool):
+    """Scarce blocks too: sequences are preempted, and blocks change hands."""
+    settings = {"num_draft_tokens": k, "enforce_eager": eager, "num_kv_blocks": 60}
+    plain, _ = answers(models["cuda"], False, enforce_eager=True, lag=0)
+    got, engine = answers(models["cuda"], True, poison=True, **settings)
+    assert got == plain
+    assert engine.stats.preemptions > 0
 
 
 FP8 = {"kv_cache_dtype": "fp8", "index_cache_dtype": "fp8"}

@@ -1,0 +1,377 @@
+"""Why two greedy runs of one prompt part: what each selected is recorded, and computed again.
+
+Runs that sum the same numbers in another order part where a choice is a near tie: the choice of the
+token itself, or that of an expert or a block of keys on the way to it, at this position or before.
+Selections records the experts and blocks that every row of a run chose. Replay computes the common
+prefix in one forward, with the selections of one run and then with the other's. A run's token is
+explained when it is within MAX_STEPS of the best logit there, and where the runs first select
+differently, each selection is at most MAX_STEPS short of being the replay's own. First: nothing
+that went into it was selected differently; what comes later has other inputs.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eaglerun.batch import host_tensor
+from eaglerun.kernels.index_topk import INIT_SCORE, LOCAL_SCORE, block_scores
+from eaglerun.models.attention import AttentionBatch, TargetKV
+from eaglerun.models.minimax_m3 import BlockSelector, DecoderLayer, MiniMaxM3
+from eaglerun.models.moe import Gate, MoE
+from eaglerun.runner import Runner
+
+MAX_STEPS = 2.0
+# Rows of one forward.
+MAX_ROWS = 8192
+# Bits behind the leading one that a result keeps. float32 has 23, float64 52: sums over thousands
+# of products and the layers between lose about a third of them.
+STEP_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 15, torch.float64: 34}
+
+KINDS = ("tokens", "experts", "blocks", "unexplained")
+
+
+def step_of(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance to the next number, for results computed in ``dtype``: of bf16 exactly its
+    own, of wider types a coarser one (STEP_BITS). Shapes  any, returned alike in values' dtype."""
+    exponent = torch.frexp(values).exponent - 1 - STEP_BITS[dtype]
+    return torch.ldexp(torch.ones_like(values), exponent)
+
+
+class Selections:
+    """What the rows of a runner's sequences select, from now on, kept on the device.
+
+    Sequences are told apart by their seeds, 0 .. num_sequences - 1; a position computed twice
+    keeps the later selection. What was never computed is -1.
+
+    experts  by layer, [num_sequences, longest + 1, topk] int16; the last position is padding's
+    blocks   by layer, [num_sequences, longest + 1, G, topk] int16; -1 where all blocks are visible
+    """
+
+    def __init__(self, runner: Runner, num_sequences: int, longest: int) -> None:
+        self._longest = longest
+        # Of the forward that runs: which sequence and position each row is.
+        self._at: tuple[Tensor, Tensor] | None = None
+        self.experts: dict[int, Tensor] = {}
+        self.blocks: dict[int, Tensor] = {}
+        spec = runner.target.spec
+        size = (num_sequences, longest + 1)
+        note = partial(self._note_rows, runner)
+        self._hooks = [runner.target.register_forward_pre_hook(note)]
+        for i, gate, selector in choosers(runner.target):
+            if gate is not None:
+                kept = _unknown(*size, gate.topk, device=runner.device)
+                self.experts[i] = kept
+                keep_experts = partial(self._keep_experts, kept)
+                self._hooks.append(gate.register_forward_hook(keep_experts))
+            if selector is not None:
+                shape = (*size, spec.num_key_value_heads, selector.topk)
+                kept = _unknown(*shape, device=runner.device)
+                self.blocks[i] = kept
+                keep_blocks = partial(self._keep_blocks, kept)
+                self._hooks.append(selector.register_forward_hook(keep_blocks))
+
+    def stop(self) -> None:
+        """Record no more, and let go of the runner."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def of(self, sequence: int, length: int) -> "Path":
+        """Of the first ``length`` positions of a sequence."""
+        return Path(
+            {i: t[sequence, :length].long() for i, t in self.experts.items()},
+            {i: t[sequence, :length].long() for i, t in self.blocks.items()},
+        )
+
+    def _note_rows(self, runner: Runner, _: MiniMaxM3, args: tuple[Tensor, AttentionBatch]) -> None:
+        batch = args[1]
+        rows = len(batch.positions)
+        if batch.uniform:
+            per_sequence = batch.max_q_len
+            slots = runner.buffers.slots[: rows // per_sequence].repeat_interleave(per_sequence)
+        else:
+            assert runner.plan is not None
+            chunks = [chunk.slot_id for chunk in runner.plan.prefill]
+            slots = host_tensor(chunks, runner.device)[batch.seq_ids]
+        positions = torch.where(batch.positions < 0, self._longest, batch.positions)
+        self._at = (runner.state.sampling.seed[slots], positions.clamp(max=self._longest))
+
+    def _keep_experts(
+        self, kept: Tensor, gate: Gate, _: object, output: tuple[Tensor, Tensor]
+    ) -> None:
+        assert self._at is not None
+        kept[self._at] = output[0][:, : gate.topk].short()
+
+    def _keep_blocks(
+        self, kept: Tensor, _: BlockSelector, args: object, output: Tensor | None
+    ) -> None:
+        assert self._at is not None
+        if output is None:
+            kept[self._at] = -1
+        else:
+            kept[self._at] = output.short()
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The selections of one sequence: experts by layer [L, topk], blocks by layer [L, G, topk]
+    int64, -1 where unknown."""
+
+    experts: dict[int, Tensor]
+    blocks: dict[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Differing:
+    """Where two paths differ: experts by layer [L] bool, blocks by layer [L, G] bool."""
+
+    experts: dict[int, Tensor]
+    blocks: dict[int, Tensor]
+
+
+def choosers(target: MiniMaxM3) -> Iterator[tuple[int, Gate | None, BlockSelector | None]]:
+    """The modules of each layer that select something."""
+    for i, layer in enumerate(target.layers):
+        assert isinstance(layer, DecoderLayer)
+        gate = layer.mlp.gate if isinstance(layer.mlp, MoE) else None
+        selector = layer.self_attn.selector if layer.self_attn.computes_index else None
+        yield i, gate, selector
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the replays found; [0] is of the plain run, [1] of the one with the draft.
+
+    kind       tokens: both tokens are near the best logit in one replay; experts, blocks: each in
+               its own alone, and the runs differ in experts, or in blocks alone; unexplained
+    margin     of the best logit over the second, in steps
+    below      how far each run's token is below the best logit of its replay, in steps
+    short      how far the worst of the first differing selections of each run is from being
+               selected in its replay, in steps of its row's largest score
+    experts, blocks  all selections (a row's in a layer; for blocks a group's) that differ
+    """
+
+    kind: str
+    margin: tuple[float, float]
+    below: tuple[float, float]
+    short: tuple[float, float]
+    experts: int
+    blocks: int
+
+
+class Replay:
+    """Prefixes of up to ``longest`` tokens on KV memory of its own.
+
+    cache_dtypes  of K and V, and of the index keys, as in the runs
+    """
+
+    def __init__(
+        self, target: MiniMaxM3, longest: int, cache_dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> None:
+        self._target = target
+        weight = target.embed_tokens.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        self._size = target.spec.sparse_block_size
+        self._blocks = -(-longest // self._size)
+        kv_dtype, index_dtype = cache_dtypes
+        self._kv = TargetKV.allocate(
+            target.spec, self._blocks, self._size, self._device, kv_dtype, index_dtype
+        )
+
+    @torch.inference_mode()
+    def explain(
+        self, prefix: Sequence[int], tokens: tuple[int, int], paths: tuple[Path, Path]
+    ) -> Explanation:
+        """Why the plain run went on with tokens[0] after ``prefix`` and the other with tokens[1].
+
+        Raises  ValueError on an empty prefix, or one longer than the memory.
+        """
+        if not 0 < len(prefix) <= self._blocks * self._size:
+            raise ValueError(f"prefix of {len(prefix)}: 1 to {self._blocks * self._size} tokens")
+        differing = Differing(
+            _differing(paths[0].experts, paths[1].experts),
+            _differing(paths[0].blocks, paths[1].blocks),
+        )
+        num_experts, num_blocks = _count(differing.experts), _count(differing.blocks)
+        first = _first(differing, len(self._target.layers), len(prefix))
+        margin, below, short = [], [], []
+        near = False
+        for own, path in enumerate(paths):
+            logits, worst = self._logits(prefix, path, first)
+            best = logits.topk(2).values
+            step = step_of(best[0], self._dtype)
+            steps = ((best[0] - logits[list(tokens)]) / step).tolist()
+            margin.append(float((best[0] - best[1]) / step))
+            below.append(steps[own])
+            short.append(worst)
+            near |= all(s <= MAX_STEPS for s in steps)
+        if not all(value <= MAX_STEPS for value in (*below, *short)):
+            kind = "unexplained"
+        elif near:
+            kind = "tokens"
+        else:
+            kind = "experts" if num_experts else "blocks"
+        return Explanation(kind, _two(margin), _two(below), _two(short), num_experts, num_blocks)
+
+    def _logits(
+        self, prefix: Sequence[int], path: Path, differing: Differing
+    ) -> tuple[Tensor, float]:
+        """The logits [V] after ``prefix`` with the selections of ``path``, and how far the worst
+        of those in ``differing`` is from being selected, in steps."""
+        table = torch.arange(self._blocks, dtype=torch.int32, device=self._device)[None]
+        short: list[Tensor] = [torch.zeros((), device=self._device)]
+        for start in range(0, len(prefix), MAX_ROWS):
+            end = min(start + MAX_ROWS, len(prefix))
+            count = end - start
+            positions = torch.arange(start, end, device=self._device)
+            batch = AttentionBatch(
+                positions=positions,
+                # Block b of the sequence is block b of the memory.
+                kv_slots=positions,
+                seq_ids=torch.zeros_like(positions),
+                block_tables=table,
+                cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32, device=self._device),
+                seq_lens=torch.tensor([end], dtype=torch.int32, device=self._device),
+                max_q_len=count,
+                max_seq_len=end,
+                uniform=False,
+                q_lens=(count,),
+            )
+            ids = torch.tensor(prefix[start:end], device=self._device)
+            with self._following(path, differing, slice(start, end), short):
+                hidden = self._target(ids, batch, self._kv)
+        logits = self._target.logits(hidden[-1:])[0]
+        worst = float(torch.stack([s.double() for s in short]).max())
+        return logits.to(torch.promote_types(self._dtype, torch.float32)), worst
+
+    @contextmanager
+    def _following(
+        self, path: Path, differing: Differing, rows: slice, short: list[Tensor]
+    ) -> Iterator[None]:
+        """While entered, a forward of ``rows`` selects what the path did; ``short`` gets the
+        steps of each selector's worst row."""
+        hooks = []
+        for i, gate, selector in choosers(self._target):
+            if gate is not None:
+                own = (path.experts[i][rows], differing.experts[i][rows])
+                follow_experts = partial(self._follow_experts, *own, short)
+                hooks.append(gate.register_forward_hook(follow_experts))
+            if selector is not None:
+                own = (path.blocks[i][rows], differing.blocks[i][rows])
+                follow_blocks = partial(self._follow_blocks, *own, short)
+                hooks.append(selector.register_forward_hook(follow_blocks))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _follow_experts(
+        self,
+        wanted: Tensor,
+        differs: Tensor,
+        short: list[Tensor],
+        gate: Gate,
+        args: tuple[Tensor, Tensor, Tensor | None],
+        output: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        ids, weights = output
+        scores = F.linear(args[0].to(gate.weight.dtype), gate.weight).sigmoid()
+        choice = scores
+        if gate.e_score_correction_bias is not None:
+            choice = scores + gate.e_score_correction_bias
+        known = (wanted >= 0).all(-1, keepdim=True)
+        wanted = torch.where(known, wanted, ids[:, : gate.topk].long())
+        chosen = torch.zeros_like(choice, dtype=torch.bool).scatter(1, wanted, True)
+        short.append(self._short(choice, choice.abs().amax(-1), chosen, differs))
+        followed = scores.gather(1, wanted)
+        followed = followed * (gate.scale / followed.sum(-1, keepdim=True))
+        ids[:, : gate.topk] = wanted.to(ids.dtype)
+        weights[:, : gate.topk] = followed
+        return ids, weights
+
+    def _follow_blocks(
+        self,
+        wanted: Tensor,
+        differs: Tensor,
+        short: list[Tensor],
+        selector: BlockSelector,
+        args: tuple[Tensor, Tensor, AttentionBatch],
+        output: Tensor | None,
+    ) -> Tensor | None:
+        if output is None:
+            return None
+        index_q, index_k_cache, batch = args
+        scores = block_scores(
+            index_q,
+            index_k_cache,
+            batch.positions,
+            batch.block_tables,
+            batch.seq_lens,
+            batch.max_seq_len,
+        )
+        columns = scores.shape[2]
+        block = torch.arange(columns, device=scores.device)
+        causal = (batch.positions // self._size + 1)[:, None, None]
+        largest = scores.masked_fill(block >= causal, 0.0).abs().amax(-1)
+        scores = scores.masked_fill(block < selector.init_blocks, INIT_SCORE)
+        scores = scores.masked_fill(block >= causal - selector.local_blocks, LOCAL_SCORE)
+        scores = scores.masked_fill(block >= causal, -math.inf)
+        known = (wanted >= 0).any(-1, keepdim=True)
+        wanted = torch.where(known, wanted, output.long())
+        # One more column takes the -1 of slots that are left.
+        chosen = torch.zeros(*scores.shape[:2], columns + 1, dtype=torch.bool, device=block.device)
+        chosen = chosen.scatter(2, wanted.remainder(columns + 1), True)[:, :, :columns]
+        short.append(self._short(scores, largest, chosen, differs))
+        return wanted.to(output.dtype)
+
+    def _short(self, scores: Tensor, largest: Tensor, chosen: Tensor, differs: Tensor) -> Tensor:
+        """The most that a differing row's best score left out exceeds its worst chosen one, in
+        steps of ``largest``. Shapes  scores, chosen [..., C]; largest, differs [...]."""
+        last = scores.masked_fill(~chosen, math.inf).amin(-1)
+        first = scores.masked_fill(chosen, -math.inf).amax(-1)
+        steps = (first - last) / step_of(largest, self._dtype)
+        return torch.where((first <= last) | ~differs, 0.0, steps).max()
+
+
+def _unknown(*shape: int, device: torch.device) -> Tensor:
+    return torch.full(shape, -1, dtype=torch.int16, device=device)
+
+
+def _differing(plain: dict[int, Tensor], draft: dict[int, Tensor]) -> dict[int, Tensor]:
+    """By layer, the selections that both runs know and that differ, whatever their order."""
+    found = {}
+    for i, a in plain.items():
+        a, b = a.sort(-1).values, draft[i].sort(-1).values
+        found[i] = (a != b).any(-1) & (a[..., -1] >= 0) & (b[..., -1] >= 0)
+    return found
+
+
+def _first(differing: Differing, num_layers: int, length: int) -> Differing:
+    """Of the differing selections those with none before them: none of an earlier layer, or of the
+    same layer's attention, at this position or an earlier one."""
+    found = Differing({}, {})
+    earliest = length
+    for i in range(num_layers):
+        for masks, kept in ((differing.blocks, found.blocks), (differing.experts, found.experts)):
+            if i in masks:
+                mask = masks[i]
+                kept[i] = mask.clone()
+                kept[i][earliest:] = False
+                rows = mask.view(length, -1).any(-1).nonzero()[:, 0]
+                earliest = min(earliest, *rows[:1].tolist(), length)
+    return found
+
+
+def _count(differing: dict[int, Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in differing.values())
+
+
+def _two(values: list[float]) -> tuple[float, float]:
+    first, second = values
+    return first, second
