@@ -118,7 +118,7 @@ def tiny_target(
     seed: int, spec: TargetSpec, taps: tuple[int, ...], dtype: torch.dtype, context: float = 0.1
 ) -> MiniMaxM3:
     """``context``: how much the layers add to the residual stream; 0: the successor alone."""
-    with torch.inference_mode():
+    with torch.no_grad():
         target = MiniMaxM3(spec, taps, device=CPU, dtype=dtype)
         randomize(target, seed, context)
         target.lm_head.weight.mul_(4.0)
@@ -129,7 +129,7 @@ def tiny_draft(
     seed: int, spec: DraftSpec, target: MiniMaxM3, dtype: torch.dtype, noise: float = 0.05
 ) -> Eagle3Llama:
     """A draft that guesses the target's successor, more wildly the larger ``noise``."""
-    with torch.inference_mode():
+    with torch.no_grad():
         draft = Eagle3Llama(spec, device=CPU, dtype=dtype)
         randomize(draft, seed, noise)
         if spec.draft_vocab_size < spec.vocab_size:
