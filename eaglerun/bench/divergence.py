@@ -93,13 +93,15 @@ class Selections:
         rows = len(batch.positions)
         if batch.uniform:
             per_sequence = batch.max_q_len
-            slots = runner.buffers.slots[: rows // per_sequence].repeat_interleave(per_sequence)
+            slots = runner.buffers.slots[: rows // per_sequence]
+            slots = slots[:, None].expand(-1, per_sequence).flatten()
         else:
             assert runner.plan is not None
             chunks = [chunk.slot_id for chunk in runner.plan.prefill]
             slots = host_tensor(chunks, runner.device)[batch.seq_ids]
-        positions = torch.where(batch.positions < 0, self._longest, batch.positions)
-        self._at = (runner.state.sampling.seed[slots], positions.clamp(max=self._longest))
+        positions = batch.positions.clamp(max=self._longest)
+        positions = positions.masked_fill(positions < 0, self._longest)
+        self._at = (runner.state.sampling.seed[slots], positions)
 
     def _keep_experts(
         self, kept: Tensor, gate: Gate, _: object, output: tuple[Tensor, Tensor]

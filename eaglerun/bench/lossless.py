@@ -445,13 +445,13 @@ def run(config: Config, flags: argparse.Namespace) -> int:
         prompts = demo_prompts(load_models(config), flags.num_prompts)
         flags.save_prompts.write_text(json.dumps(prompts) + "\n")
         return 0
-    check = Check(config, _options(config, flags))
+    check = Check(config, options_of(config, flags))
     good = check.run()
     print(check.table.to_text())
     return 0 if good else 1
 
 
-def _options(config: Config, flags: argparse.Namespace) -> Options:
+def options_of(config: Config, flags: argparse.Namespace) -> Options:
     """The flags, checked. ConfigError names the flag."""
     num_drafts = _numbers("--num-drafts", flags.num_drafts, 0, MAX_DRAFT_TOKENS)
     lens = _numbers("--input-lens", flags.input_lens, 1, sys.maxsize)

@@ -3,10 +3,12 @@
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from eaglerun.bench import lossless
 from eaglerun.bench.commands import PARTS
 from eaglerun.server.cli import _parser
 from eaglerun.server.flags import config_of, parse_flags
@@ -14,13 +16,15 @@ from eaglerun.server.flags import config_of, parse_flags
 ROOT = Path(__file__).parents[2]
 
 
-def commands(directory: Path, *parts: str) -> list[list[str]]:
-    """What m3-8l-h200.sh would run."""
-    script = ["bash", str(ROOT / "recipes" / "m3-8l-h200.sh"), str(directory), *parts]
-    env = {"PATH": os.environ["PATH"], "EAGLERUN": "echo", "FLAGS": "--num-steps 4"}
-    done = subprocess.run(script, env=env, cwd=ROOT, capture_output=True, text=True)
+def commands(
+    directory: Path, *parts: str, script: str = "m3-8l-h200", flags: str = "--num-steps 4"
+) -> list[list[str]]:
+    """What a script would run."""
+    argv = ["bash", str(ROOT / "recipes" / f"{script}.sh"), str(directory), *parts]
+    env = {"PATH": os.environ["PATH"], "EAGLERUN": "echo", "FLAGS": flags}
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("bench ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("bench ", "lossless "))]
     return [shlex.split(line) for line in lines]
 
 
@@ -48,3 +52,21 @@ def test_parts_are_chosen_by_name(tmp_path: Path):
     flags = parse_flags(_parser(overlap), overlap)
     assert config_of(flags)[0].scheduling.overlap_kernels
     assert kernels[:2] == ["bench", "kernels"]
+
+
+def test_the_lossless_script_compares_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    checked = []
+    for argv in commands(tmp_path, script="lossless-h200", flags=""):
+        flags = parse_flags(_parser(argv), argv)
+        config, _ = config_of(flags)
+        options = lossless.options_of(config, flags)
+        most = max(options.num_drafts)
+        # What the check will ask of the engine is allowed.
+        speculation = replace(
+            config.speculation, num_draft_tokens=most, synthetic_acceptance_length=None
+        )
+        replace(config, speculation=speculation)
+        checked.append((config.model.dtype, options.num_prompts, sorted(options.num_drafts)))
+    assert checked == [("auto", 64, [0, 1, 3, 7]), ("float32", 1000, list(range(8)))]
+    assert (tmp_path / "run.log").is_file()
