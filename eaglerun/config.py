@@ -21,6 +21,8 @@ from eaglerun.errors import ConfigError
 from eaglerun.messages import MAX_DRAFT_TOKENS
 
 ENV_PREFIX = "EAGLERUN_"
+# How alike (difflib) a variable and a setting are when one is taken for the other misspelled.
+SLIP = 0.85
 # KV memory on the CPU, where nobody asks for another: enough for the demo pair.
 CPU_KV_GIB = 1.0
 
@@ -449,17 +451,24 @@ def resolve(
 ) -> Config:
     """Flags and keyword arguments (by field name), then environment, then file, then defaults.
 
-    Strings are parsed by the field's type. ConfigError names an unknown key and the nearest one.
+    Strings are parsed by the field's type. ConfigError names an unknown key and the nearest one; a
+    variable is refused only where it looks like a slip, for others put EAGLERUN_... there too.
     """
     environ = os.environ if environ is None else environ
     known = {o.name: o for o in options()}
     values: dict[str, object] = {}
     if file is not None:
         values |= _read_toml(file, known)
-    for name in known:
-        text = environ.get(ENV_PREFIX + name.upper())
-        if text is not None:
+    for variable, text in environ.items():
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if variable != ENV_PREFIX + name.upper():
+            continue
+        if name in known:
             values[name] = parse(known[name], text)
+        elif close := difflib.get_close_matches(name, known, 1, cutoff=SLIP):
+            raise ConfigError(
+                f"unknown variable {variable}; did you mean {ENV_PREFIX}{close[0].upper()}?"
+            )
     for name, value in (overrides or {}).items():
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{nearest(name, known)}")

@@ -19,6 +19,17 @@ def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path):
     assert config.model.seed == 0
 
 
+def test_a_misspelled_variable_is_refused_and_others_are_left_alone():
+    words = "unknown variable EAGLERUN_MAX_NUM_SEQ; did you mean EAGLERUN_MAX_NUM_SEQS?"
+    with pytest.raises(ConfigError) as refused:
+        resolve(environ={"EAGLERUN_MAX_NUM_SEQ": "3"})
+    assert str(refused.value) == words
+    # Kubernetes sets these for a service of that name.
+    of_a_service = ("PORT", "SERVICE_HOST", "SERVICE_PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR")
+    environ = {f"EAGLERUN_{name}": "tcp://10.0.0.1:8000" for name in of_a_service}
+    assert resolve(environ=environ) == resolve(environ={})
+
+
 def test_what_is_printed_reads_back(tmp_path: Path):
     config = resolve({"draft": "d", "decode_batch_sizes": "1,4", "lag": 1}, environ={})
     file = tmp_path / "printed.toml"
