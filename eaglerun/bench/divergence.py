@@ -39,8 +39,10 @@ KINDS = ("tokens", "experts", "blocks", "unexplained")
 def step_of(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance to the next number, for results computed in ``dtype``: of bf16 exactly its
     own, of wider types a coarser one (STEP_BITS). Shapes  any, returned alike in values' dtype."""
-    exponent = torch.frexp(values).exponent - 1 - STEP_BITS[dtype]
-    return torch.ldexp(torch.ones_like(values), exponent)
+    mantissa = torch.frexp(values).mantissa
+    # The quotient is a power of two, exactly; a device's power function need not be.
+    power = torch.where(mantissa == 0, 1.0, values / mantissa)
+    return power * 2.0 ** -(1 + STEP_BITS[dtype])
 
 
 class Selections:

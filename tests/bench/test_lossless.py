@@ -177,8 +177,8 @@ def test_a_replay_knows_both_sides_of_a_turned_selection():
 
 
 def test_a_step_is_bf16s_own_spacing():
-    values = torch.tensor([1.0, 1.99, 4.5, 0.3, -5.0])
-    expected = [2**-7, 2**-7, 2**-5, 2**-9, 2**-5]
+    values = torch.tensor([1.0, 1.99, 4.5, 0.3, -5.0, 0.0])
+    expected = [2**-7, 2**-7, 2**-5, 2**-9, 2**-5, 2**-8]
     assert step_of(values, torch.bfloat16).tolist() == expected
     up = torch.nextafter(torch.tensor(4.5, dtype=torch.bfloat16), torch.tensor(9.0).bfloat16())
     assert float(up) - 4.5 == 2**-5
