@@ -44,8 +44,11 @@ def jit(kernel: Callable[..., Any]) -> Any:
 def let_next(OVERLAP: tl.constexpr):
     """Let the programs of the next kernel start as soon as all of this one have.
 
-    They wait where they need what came before (wait_before). OVERLAP comes with the launch
-    setting that asks the driver for it (launch.overlapping); without it nothing happens here.
+    They wait where they need what came before (wait_before). To be called after wait_before: a
+    kernel that let the next in while it waits itself would let in the whole chain behind it, whose
+    programs then lie unevenly over the device. For the same reason one that reads many weights
+    does not let in another that does (moe_gemm). OVERLAP comes with the launch setting that asks
+    the driver for it (launch.overlapping); without it nothing happens here.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -64,8 +67,8 @@ def wait_before(OVERLAP: tl.constexpr):
 
 @jit
 def begin(OVERLAP: tl.constexpr):
-    let_next(OVERLAP)
     wait_before(OVERLAP)
+    let_next(OVERLAP)
 
 
 @jit

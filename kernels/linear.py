@@ -54,7 +54,6 @@ def _linear_kernel(
 
     AHEAD: so many bytes of each weight row are on their way while x is still being made.
     """
-    let_next(OVERLAP)
     o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
@@ -63,6 +62,7 @@ def _linear_kernel(
     if AHEAD:
         read_ahead(w_rows, AHEAD, WARPS)
     wait_before(OVERLAP)
+    let_next(OVERLAP)
     w_at = w_rows[:, None] + k[None, :]
     x_at = x_ptr + t[None, :] * x_row + k[:, None]
     y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)

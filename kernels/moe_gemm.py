@@ -230,7 +230,6 @@ def _up_kernel(
     is the shared expert's, of all rows; AHEAD: so many bytes of its weight rows are on their way
     while the others' experts are still being chosen.
     """
-    let_next(OVERLAP)
     tile, n_tile = _tile(max_tiles, n_tiles, GROUP)
     shared = tile == (max_tiles - 1 if SHARED else -1)
     if AHEAD:

@@ -32,13 +32,13 @@ def _rmsnorm_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    let_next(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     live = d < D
     w = tl.load(weight_ptr + group * weight_group + d, mask=live, other=0.0).to(tl.float32)
     wait_before(OVERLAP)
+    let_next(OVERLAP)
     x = tl.load(x_ptr + row * x_row + group * x_group + d, mask=live, other=0.0).to(tl.float32)
     out = (row * groups + group) * D + d
     if ADD:

@@ -3,14 +3,16 @@
 Runs that sum the same numbers in another order part where a choice is a near tie: the choice of the
 token itself, or that of an expert or a block of keys on the way to it, at this position or before.
 Selections records the experts and blocks that every row of a run chose. Replay computes the common
-prefix in one forward, with the selections of one run and then with the other's. A run's token is
-explained when it is within MAX_STEPS of the best logit there, and where the runs first select
-differently, each selection is at most MAX_STEPS short of being the replay's own. First: nothing
-that went into it was selected differently; what comes later has other inputs.
+prefix in one forward, with the selections of one run and then with the other's. A run's token has
+to be within MAX_STEPS of the best logit of its own replay. Where both are so in one replay, that is
+the explanation. Else it is the selections, if those in which the runs first differ are at most
+MAX_STEPS short of being the replay's own. First: nothing that went into it was selected
+differently; what comes later has other inputs. Of thousands of rows a few go further than that:
+they are undone, for the other run's, and the rest must still lead to the token.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,8 @@ from eaglerun.models.moe import Gate, MoE
 from eaglerun.runner import Runner
 
 MAX_STEPS = 2.0
+# Replays in which selections beyond MAX_STEPS are undone: later ones come first by that.
+MAX_REPLAYS = 8
 # Rows of one forward.
 MAX_ROWS = 8192
 # Bits behind the leading one that a result keeps. float32 has 23, float64 52: sums over thousands
@@ -129,13 +133,38 @@ class Path:
     experts: dict[int, Tensor]
     blocks: dict[int, Tensor]
 
+    def undone(self, where: "BySelection", other: "Path") -> "Path":
+        """This path, with the other's selections ``where`` it says."""
+
+        def mixed(
+            own: dict[int, Tensor], others: dict[int, Tensor], at: dict[int, Tensor]
+        ) -> dict[int, Tensor]:
+            return {i: torch.where(at[i][..., None], others[i], own[i]) for i in own}
+
+        return Path(
+            mixed(self.experts, other.experts, where.experts),
+            mixed(self.blocks, other.blocks, where.blocks),
+        )
+
 
 @dataclass(frozen=True, slots=True)
-class Differing:
-    """Where two paths differ: experts by layer [L] bool, blocks by layer [L, G] bool."""
+class BySelection:
+    """Something of each selection of a path: experts by layer [L], blocks by layer [L, G]."""
 
     experts: dict[int, Tensor]
     blocks: dict[int, Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from (*self.experts.values(), *self.blocks.values())
+
+    def count(self) -> int:
+        return sum(int(t.count_nonzero()) for t in self)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "BySelection":
+        return BySelection(
+            {i: function(t) for i, t in self.experts.items()},
+            {i: function(t) for i, t in self.blocks.items()},
+        )
 
 
 def choosers(target: MiniMaxM3) -> Iterator[tuple[int, Gate | None, BlockSelector | None]]:
@@ -157,15 +186,18 @@ class Explanation:
     below      how far each run's token is below the best logit of its replay, in steps
     short      how far the worst of the first differing selections of each run is from being
                selected in its replay, in steps of its row's largest score
+    undone     how many selections of each run, further than MAX_STEPS, were undone; experts and
+               blocks explain by the rest
     experts, blocks  all selections (a row's in a layer; for blocks a group's) that differ
     """
 
     kind: str
-    margin: tuple[float, float]
-    below: tuple[float, float]
-    short: tuple[float, float]
-    experts: int
-    blocks: int
+    margin: tuple[float, float] = (0.0, 0.0)
+    below: tuple[float, float] = (0.0, 0.0)
+    short: tuple[float, float] = (0.0, 0.0)
+    undone: tuple[int, int] = (0, 0)
+    experts: int = 0
+    blocks: int = 0
 
 
 class Replay:
@@ -197,38 +229,69 @@ class Replay:
         """
         if not 0 < len(prefix) <= self._blocks * self._size:
             raise ValueError(f"prefix of {len(prefix)}: 1 to {self._blocks * self._size} tokens")
-        differing = Differing(
-            _differing(paths[0].experts, paths[1].experts),
-            _differing(paths[0].blocks, paths[1].blocks),
-        )
-        num_experts, num_blocks = _count(differing.experts), _count(differing.blocks)
+        differing = _differing(*paths)
         first = _first(differing, len(self._target.layers), len(prefix))
-        margin, below, short = [], [], []
+        margin, below, short, far = [], [], [], []
         near = False
         for own, path in enumerate(paths):
-            logits, worst = self._logits(prefix, path, first)
+            logits, steps_short = self._logits(prefix, path, first)
             best = logits.topk(2).values
             step = step_of(best[0], self._dtype)
             steps = ((best[0] - logits[list(tokens)]) / step).tolist()
             margin.append(float((best[0] - best[1]) / step))
             below.append(steps[own])
-            short.append(worst)
+            short.append(max(float(s.max()) for s in (*steps_short, torch.zeros(1))))
+            far.append(steps_short.map(lambda s: s > MAX_STEPS))
             near |= all(s <= MAX_STEPS for s in steps)
-        if not all(value <= MAX_STEPS for value in (*below, *short)):
-            kind = "unexplained"
-        elif near:
-            kind = "tokens"
-        else:
-            kind = "experts" if num_experts else "blocks"
-        return Explanation(kind, _two(margin), _two(below), _two(short), num_experts, num_blocks)
+        undone = [0, 0]
+        kind = "unexplained"
+        if all(value <= MAX_STEPS for value in below):
+            if near:
+                kind = "tokens"
+            else:
+                kind = "experts" if BySelection(differing.experts, {}).count() else "blocks"
+                for own in range(2):
+                    if short[own] > MAX_STEPS:
+                        undone[own], leads = self._without(
+                            prefix, tokens[own], paths[own], paths[1 - own], far[own]
+                        )
+                        kind = kind if leads else "unexplained"
+        return Explanation(
+            kind,
+            _two(margin),
+            _two(below),
+            _two(short),
+            (undone[0], undone[1]),
+            BySelection(differing.experts, {}).count(),
+            BySelection({}, differing.blocks).count(),
+        )
+
+    def _without(
+        self, prefix: Sequence[int], token: int, path: Path, other: Path, far: BySelection
+    ) -> tuple[int, bool]:
+        """How many selections of ``path`` were undone, beginning with those ``far``, until none
+        where it first differs from the other is further than MAX_STEPS; and whether what is left
+        of it still leads to ``token``."""
+        undone = 0
+        for _ in range(MAX_REPLAYS):
+            undone += far.count()
+            path = path.undone(far, other)
+            first = _first(_differing(path, other), len(self._target.layers), len(prefix))
+            logits, steps_short = self._logits(prefix, path, first)
+            far = steps_short.map(lambda s: s > MAX_STEPS)
+            if not far.count():
+                best = logits.max()
+                return undone, bool(best - logits[token] <= MAX_STEPS * step_of(best, self._dtype))
+        return undone, False
 
     def _logits(
-        self, prefix: Sequence[int], path: Path, differing: Differing
-    ) -> tuple[Tensor, float]:
-        """The logits [V] after ``prefix`` with the selections of ``path``, and how far the worst
-        of those in ``differing`` is from being selected, in steps."""
+        self, prefix: Sequence[int], path: Path, differing: BySelection
+    ) -> tuple[Tensor, BySelection]:
+        """The logits [V] after ``prefix`` with the selections of ``path``, and how far each of
+        those in ``differing`` is from being selected, in steps; 0 elsewhere."""
         table = torch.arange(self._blocks, dtype=torch.int32, device=self._device)[None]
-        short: list[Tensor] = [torch.zeros((), device=self._device)]
+        wider = torch.promote_types(self._dtype, torch.float32)
+        short = differing.map(lambda mask: torch.zeros(mask.shape, dtype=wider, device=mask.device))
         for start in range(0, len(prefix), MAX_ROWS):
             end = min(start + MAX_ROWS, len(prefix))
             count = end - start
@@ -250,24 +313,23 @@ class Replay:
             with self._following(path, differing, slice(start, end), short):
                 hidden = self._target(ids, batch, self._kv)
         logits = self._target.logits(hidden[-1:])[0]
-        worst = float(torch.stack([s.double() for s in short]).max())
-        return logits.to(torch.promote_types(self._dtype, torch.float32)), worst
+        return logits.to(wider), short
 
     @contextmanager
     def _following(
-        self, path: Path, differing: Differing, rows: slice, short: list[Tensor]
+        self, path: Path, differing: BySelection, rows: slice, short: BySelection
     ) -> Iterator[None]:
-        """While entered, a forward of ``rows`` selects what the path did; ``short`` gets the
-        steps of each selector's worst row."""
+        """While entered, a forward of ``rows`` selects what the path did; ``short`` gets their
+        steps."""
         hooks = []
         for i, gate, selector in choosers(self._target):
             if gate is not None:
-                own = (path.experts[i][rows], differing.experts[i][rows])
-                follow_experts = partial(self._follow_experts, *own, short)
+                own = (path.experts[i][rows], differing.experts[i][rows], short.experts[i][rows])
+                follow_experts = partial(self._follow_experts, *own)
                 hooks.append(gate.register_forward_hook(follow_experts))
             if selector is not None:
-                own = (path.blocks[i][rows], differing.blocks[i][rows])
-                follow_blocks = partial(self._follow_blocks, *own, short)
+                own = (path.blocks[i][rows], differing.blocks[i][rows], short.blocks[i][rows])
+                follow_blocks = partial(self._follow_blocks, *own)
                 hooks.append(selector.register_forward_hook(follow_blocks))
         try:
             yield
@@ -279,7 +341,7 @@ class Replay:
         self,
         wanted: Tensor,
         differs: Tensor,
-        short: list[Tensor],
+        short: Tensor,
         gate: Gate,
         args: tuple[Tensor, Tensor, Tensor | None],
         output: tuple[Tensor, Tensor],
@@ -292,7 +354,7 @@ class Replay:
         known = (wanted >= 0).all(-1, keepdim=True)
         wanted = torch.where(known, wanted, ids[:, : gate.topk].long())
         chosen = torch.zeros_like(choice, dtype=torch.bool).scatter(1, wanted, True)
-        short.append(self._short(choice, choice.abs().amax(-1), chosen, differs))
+        short.copy_(self._short(choice, choice.abs().amax(-1), chosen, differs))
         followed = scores.gather(1, wanted)
         followed = followed * (gate.scale / followed.sum(-1, keepdim=True))
         ids[:, : gate.topk] = wanted.to(ids.dtype)
@@ -303,7 +365,7 @@ class Replay:
         self,
         wanted: Tensor,
         differs: Tensor,
-        short: list[Tensor],
+        short: Tensor,
         selector: BlockSelector,
         args: tuple[Tensor, Tensor, AttentionBatch],
         output: Tensor | None,
@@ -331,35 +393,39 @@ class Replay:
         # One more column takes the -1 of slots that are left.
         chosen = torch.zeros(*scores.shape[:2], columns + 1, dtype=torch.bool, device=block.device)
         chosen = chosen.scatter(2, wanted.remainder(columns + 1), True)[:, :, :columns]
-        short.append(self._short(scores, largest, chosen, differs))
+        short.copy_(self._short(scores, largest, chosen, differs))
         return wanted.to(output.dtype)
 
     def _short(self, scores: Tensor, largest: Tensor, chosen: Tensor, differs: Tensor) -> Tensor:
-        """The most that a differing row's best score left out exceeds its worst chosen one, in
-        steps of ``largest``. Shapes  scores, chosen [..., C]; largest, differs [...]."""
+        """How far a differing row's best score left out exceeds its worst chosen one, in steps
+        of ``largest``. Shapes  scores, chosen [..., C]; largest, differs, returned [...]."""
         last = scores.masked_fill(~chosen, math.inf).amin(-1)
         first = scores.masked_fill(chosen, -math.inf).amax(-1)
         steps = (first - last) / step_of(largest, self._dtype)
-        return torch.where((first <= last) | ~differs, 0.0, steps).max()
+        return torch.where((first <= last) | ~differs, 0.0, steps)
 
 
 def _unknown(*shape: int, device: torch.device) -> Tensor:
     return torch.full(shape, -1, dtype=torch.int16, device=device)
 
 
-def _differing(plain: dict[int, Tensor], draft: dict[int, Tensor]) -> dict[int, Tensor]:
-    """By layer, the selections that both runs know and that differ, whatever their order."""
-    found = {}
-    for i, a in plain.items():
-        a, b = a.sort(-1).values, draft[i].sort(-1).values
-        found[i] = (a != b).any(-1) & (a[..., -1] >= 0) & (b[..., -1] >= 0)
-    return found
+def _differing(plain: Path, draft: Path) -> BySelection:
+    """The selections that both runs know and that differ, whatever their order."""
+
+    def differ(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.sort(-1).values, b.sort(-1).values
+        return (a != b).any(-1) & (a[..., -1] >= 0) & (b[..., -1] >= 0)
+
+    return BySelection(
+        {i: differ(a, draft.experts[i]) for i, a in plain.experts.items()},
+        {i: differ(a, draft.blocks[i]) for i, a in plain.blocks.items()},
+    )
 
 
-def _first(differing: Differing, num_layers: int, length: int) -> Differing:
+def _first(differing: BySelection, num_layers: int, length: int) -> BySelection:
     """Of the differing selections those with none before them: none of an earlier layer, or of the
     same layer's attention, at this position or an earlier one."""
-    found = Differing({}, {})
+    found = BySelection({}, {})
     earliest = length
     for i in range(num_layers):
         for masks, kept in ((differing.blocks, found.blocks), (differing.experts, found.experts)):
@@ -370,10 +436,6 @@ def _first(differing: Differing, num_layers: int, length: int) -> Differing:
                 rows = mask.view(length, -1).any(-1).nonzero()[:, 0]
                 earliest = min(earliest, *rows[:1].tolist(), length)
     return found
-
-
-def _count(differing: dict[int, Tensor]) -> int:
-    return sum(int(mask.sum()) for mask in differing.values())
 
 
 def _two(values: list[float]) -> tuple[float, float]:

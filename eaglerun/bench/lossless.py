@@ -77,6 +77,7 @@ class Row:
     acceptance   accepted / drafted in those; None where nothing was drafted
     tokens_per_step  emitted by a decode step of a sequence, in those
     by_kind      divergences by Explanation.kind
+    undone       those that are explained with some selections undone (Explanation.undone)
     seconds      generating;  explaining_s: replaying
     """
 
@@ -87,6 +88,7 @@ class Row:
     acceptance: float | None
     tokens_per_step: float | None
     by_kind: dict[str, int]
+    undone: int
     per_1000: float
     seconds: float
     explaining_s: float
@@ -103,6 +105,7 @@ COLUMNS: Columns[Row] = {
     "near tie": lambda r, _: str(r.by_kind["tokens"]),
     "expert's": lambda r, _: str(r.by_kind["experts"]),
     "block's": lambda r, _: str(r.by_kind["blocks"]),
+    "some undone": lambda r, _: str(r.undone),
     "unexplained": lambda r, _: str(r.by_kind["unexplained"]),
     "per 1,000 tokens": lambda r, _: number(r.per_1000, 3),
     "s": lambda r, _: number(r.seconds, 1),
@@ -330,6 +333,9 @@ class Check:
             acceptance=accepted / drafted if drafted else None,
             tokens_per_step=1 + accepted / steps if steps else None,
             by_kind=by_kind,
+            undone=sum(
+                any(d.explanation.undone) and d.explanation.kind != "unexplained" for d in found
+            ),
             per_1000=1000 * len(found) / max(tokens, 1),
             seconds=seconds,
             explaining_s=time.perf_counter() - begun,
@@ -350,7 +356,7 @@ class Check:
         else:
             # Equal as far as both go, and yet one ended: no rounding does that.
             tokens = (_token(first, at), _token(second, at))
-            explanation = Explanation("unexplained", (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0, 0)
+            explanation = Explanation("unexplained")
         found = Divergence(sequence, at, len(prefix), *tokens, explanation)
         if explanation.kind == "unexplained":
             say(f"unexplained: {found}")

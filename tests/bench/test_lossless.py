@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lossless_check import FLAGS, check, pair
+from torch import Tensor
 
 from eaglerun.bench import lossless
 from eaglerun.bench.divergence import Replay, Selections, step_of
@@ -92,9 +93,10 @@ def test_bfloat16_parts_at_near_ties(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert row["per_1000"] == pytest.approx(1000 * len(row["divergences"]) / row["tokens"])
     for d in row["divergences"]:
         found = d["explanation"]
-        assert d["plain"] != d["draft"] and max(*found["below"], *found["short"]) <= 2
+        assert d["plain"] != d["draft"] and max(found["below"]) <= 2
         if found["kind"] == "experts":
             assert found["experts"] > 0
+            assert max(found["short"]) <= 2 or any(found["undone"])
 
 
 class Corrupted(Engine):
@@ -144,36 +146,88 @@ def test_an_early_end_is_no_rounding(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert row["by_kind"]["unexplained"] == 1
 
 
+def differing_runs(
+    models: Models, prompt: list[int], turned: Tensor
+) -> tuple[tuple[int, int], tuple[Selections, Selections]]:
+    """The token after ``prompt`` and all selections, without and with ``turned`` added to the bias
+    of the router of layer 2. A lone sequence, so that nothing else differs."""
+    bias = models.target.layers[2].mlp.gate.e_score_correction_bias
+    config = resolve({"device": "cpu", "num_kv_blocks": 16, "max_model_len": 64}, environ={})
+    tokens, selections = [], []
+    for share in (0.0, 1.0):
+        engine = Engine(config, Models("tiny", models.target, None, (0,)))
+        recorded = Selections(engine.runner, 1, 32)
+        kept = bias.clone()
+        bias.add_(share * turned)
+        params = SamplingParams(temperature=0.0, max_tokens=1, seed=0, ignore_eos=True)
+        out = LLM.from_engine(engine).generate([prompt], params, progress=False)
+        bias.copy_(kept)
+        recorded.stop()
+        tokens.append(out[0].token_ids[0])
+        selections.append(recorded)
+    return (tokens[0], tokens[1]), (selections[0], selections[1])
+
+
 @torch.inference_mode()
 def test_a_replay_knows_both_sides_of_a_turned_selection():
-    """A router that is turned by a hair in one run; a lone row, so that nothing else differs."""
     models = pair(torch.float32)
-    target = models.target
-    bias = target.layers[2].mlp.gate.e_score_correction_bias
-    config = resolve({"device": "cpu", "num_kv_blocks": 16, "max_model_len": 64}, environ={})
-    replay = Replay(target, 32, (torch.float32, torch.float32))
+    bias = models.target.layers[2].mlp.gate.e_score_correction_bias
+    replay = Replay(models.target, 32, (torch.float32, torch.float32))
     kinds = []
     for token in range(40):
-        runs = []
-        for turned in (False, True):
-            engine = Engine(config, Models("tiny", target, None, (0,)))
-            recorded = Selections(engine.runner, 1, 32)
-            if turned:
-                bias.copy_(bias.roll(1))
-            params = SamplingParams(temperature=0.0, max_tokens=1, seed=0, ignore_eos=True)
-            out = LLM.from_engine(engine).generate([[token]], params, progress=False)
-            if turned:
-                bias.copy_(bias.roll(-1))
-            recorded.stop()
-            runs.append((out[0].token_ids[0], recorded.of(0, 1)))
-        (a, plain), (b, other) = runs
-        if a != b:
-            found = replay.explain([token], (a, b), (plain, other))
+        tokens, recorded = differing_runs(models, [token], bias.roll(1) - bias)
+        if tokens[0] != tokens[1]:
+            found = replay.explain([token], tokens, (recorded[0].of(0, 1), recorded[1].of(0, 1)))
             # Each token is the best of its own path; the turn itself is no near tie.
             assert found.below == (0.0, 0.0) and found.short[0] == 0.0 and found.experts > 0
             kinds.append((found.kind, found.short[1] > 2))
     assert kinds and all((kind == "unexplained") == far for kind, far in kinds)
     assert ("unexplained", True) in kinds
+
+
+@torch.inference_mode()
+def test_a_selection_too_far_to_be_a_tie_is_undone_and_has_to_be_of_no_effect():
+    models = pair(torch.float32)
+    gate = models.target.layers[2].mlp.gate
+    bias = gate.e_score_correction_bias
+    replay = Replay(models.target, 32, (torch.float32, torch.float32))
+    scores: list[Tensor] = []
+    hook = gate.register_forward_hook(
+        lambda _, args, output: scores.append((args[0][-1] @ gate.weight.T).sigmoid())
+    )
+    explained = 0
+    for token in range(20):
+        prompt = [1, token]
+        scores.clear()
+        differing_runs(models, prompt, torch.zeros_like(bias))
+        # The best expert that is not chosen comes within a hair of the last that is.
+        choice = (scores[0] + bias).sort(descending=True)
+        near = torch.zeros_like(bias)
+        next_one = choice.indices[gate.topk]
+        near[next_one] = choice.values[gate.topk - 1] - choice.values[gate.topk] - 5e-6
+        bias.add_(near)
+        turn = torch.zeros_like(bias)
+        turn[next_one] = 1e-5
+        tokens, recorded = differing_runs(models, prompt, turn)
+        if tokens[0] != tokens[1]:
+            plain, other = recorded[0].of(0, 2), recorded[1].of(0, 2)
+            found = replay.explain(prompt, tokens, (plain, other))
+            assert found.kind == "experts" and max(found.short) <= 2 and found.undone == (0, 0)
+            # Another expert for the first token in the last layer: nothing comes of it.
+            last = max(other.experts)
+            first_token = other.experts[last][0]
+            first_token[0] = next(e for e in range(8) if e not in first_token.tolist())
+            found = replay.explain(prompt, tokens, (plain, other))
+            assert found.kind == "experts" and found.short[1] > 2 and found.undone == (0, 1)
+            # The turn is what leads to the other token: with it so far as to be undone as well,
+            # nothing explains that token.
+            bias[next_one] -= 0.01
+            assert replay.explain(prompt, tokens, (plain, other)).kind == "unexplained"
+            bias[next_one] += 0.01
+            explained += 1
+        bias.sub_(near)
+    hook.remove()
+    assert explained > 0
 
 
 def test_a_step_is_bf16s_own_spacing():

@@ -111,6 +111,8 @@ def test_the_measured_engine_answers_as_another(models: Models):
 
 def test_a_share_that_is_too_small_is_refused(models: Models):
     memory = CudaMemory(torch.device("cuda"))
+    # The smallest share that may be asked for is more than this pair needs.
+    held = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
     used = (memory.total() - memory.free()) / memory.total()
     with pytest.raises(CapacityError, match="does not fit the GPU") as refused:
         engine(models, gpu_memory_utilization=used + 0.001, max_model_len=LENGTH)
@@ -118,6 +120,7 @@ def test_a_share_that_is_too_small_is_refused(models: Models):
     # What is advised is enough.
     share = float(str(refused.value).split("gpu_memory_utilization: ")[1].split()[0])
     engine(models, gpu_memory_utilization=share + 0.001, max_model_len=LENGTH)
+    del held
 
 
 def test_no_graph_is_captured_beyond_its_room(models: Models):
