@@ -19,7 +19,6 @@ from eaglerun.kernels.language import (
     cdiv,
     dot_dtype,
     jit,
-    let_next,
     power_of_2,
     read_ahead,
     require,
