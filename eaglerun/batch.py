@@ -84,44 +84,66 @@ class DeviceState:
 
 
 class StepBuffers:
-    """What the moves of a decode step hand to each other, at fixed addresses.
+    """What the moves of a decode step of B sequences hand to each other, at addresses that depend
+    on B alone.
 
-    slots        [max_batch] int64; the padding slot on padding sequences
-    num_drafts   [max_batch] int64, drafts to judge; -1 on padding sequences
-    num_propose  [max_batch] int64, drafts to make; 0 on padding sequences
-    emitted      [max_batch, K_max + 1] int64, -1 where a row emits nothing
-    accepted     [max_batch] int64
+    slots        [B] int64; the padding slot on padding sequences
+    num_drafts   [B] int64, drafts to judge; -1 on padding sequences
+    num_propose  [B] int64, drafts to make; 0 on padding sequences
+    emitted      [B, K_max + 1] int64, -1 where a row emits nothing
+    accepted     [B] int64
+    num_experts  [1] int64, distinct experts read, summed over the layers
     """
 
     def __init__(
         self, max_batch: int, num_draft_tokens: int, padding_slot: int, device: torch.device
     ) -> None:
         self._padding_slot = padding_slot
-        self._device = device
-        # One tensor, so that a step's numbers arrive in one copy.
-        self._columns = torch.zeros(3, max_batch, dtype=torch.int64, device=device)
-        self.slots, self.num_drafts, self.num_propose = self._columns
-        shape = (max_batch, num_draft_tokens + 1)
-        self.emitted = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self.accepted = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        self._width = 1 + num_draft_tokens + 1
+        # Results end where the inputs begin, and both meet at the one number that is both, so
+        # that a step's numbers arrive in one copy and leave in one.
+        self._middle = max_batch * self._width
+        self._memory = torch.zeros(
+            self._middle + 1 + 3 * max_batch, dtype=torch.int64, device=device
+        )
+        self.num_experts = self._memory[self._middle : self._middle + 1]
+        self._divide(max_batch)
+
+    def _divide(self, batch_size: int) -> None:
+        inputs = self._memory[self._middle + 1 :][: 3 * batch_size].view(3, batch_size)
+        self.slots, self.num_drafts, self.num_propose = inputs
+        self._results = self._memory[self._middle - batch_size * self._width : self._middle + 1]
+        table = self._results[:-1].view(batch_size, self._width)
+        self.accepted, self.emitted = table[:, 0], table[:, 1:]
 
     def fill(self, rows: tuple[DecodeRow, ...], batch_size: int) -> None:
-        """The plan's rows, then padding up to ``batch_size``."""
+        """The plan's rows, then padding up to ``batch_size``; no experts yet."""
+        self._divide(batch_size)
         padding = batch_size - len(rows)
-        columns = host_tensor(
-            [
-                [row.slot_id for row in rows] + [self._padding_slot] * padding,
-                [row.num_drafts for row in rows] + [-1] * padding,
-                [row.num_propose for row in rows] + [0] * padding,
-            ],
-            self._device,
+        pinned = self._memory.device.type == "cuda"
+        values = torch.tensor(
+            [0]
+            + [row.slot_id for row in rows]
+            + [self._padding_slot] * padding
+            + [row.num_drafts for row in rows]
+            + [-1] * padding
+            + [row.num_propose for row in rows]
+            + [0] * padding,
+            dtype=torch.int64,
+            pin_memory=pinned,
         )
-        self._columns[:, :batch_size] = columns
+        self._memory[self._middle :][: len(values)].copy_(values, non_blocking=True)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """emitted, accepted and num_experts on their way to the host (to_host)."""
+        values = to_host(self._results)
+        table = values[:-1].view(-1, self._width)
+        return table[:, 1:], table[:, 0], values[-1:]
 
     @contextmanager
     def blank(self) -> Iterator[None]:
         """Padding everywhere while entered: moves that run meanwhile touch no sequence."""
-        kept = [t.clone() for t in (self._columns, self.emitted, self.accepted)]
+        kept = self._memory.clone()
         self.slots.fill_(self._padding_slot)
         self.num_drafts.fill_(-1)
         self.num_propose.fill_(0)
@@ -130,10 +152,7 @@ class StepBuffers:
         try:
             yield
         finally:
-            for tensor, before in zip(
-                (self._columns, self.emitted, self.accepted), kept, strict=True
-            ):
-                tensor.copy_(before)
+            self._memory.copy_(kept)
 
 
 def random_script(vocab_size: int, seed: int, length: int) -> Tensor:
@@ -146,3 +165,12 @@ def host_tensor(values: object, device: torch.device) -> Tensor:
     """An int64 tensor of host values on ``device``; the host does not wait for the copy."""
     tensor = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, there once the step's last event is; the next step may overwrite the
+    original at once."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)

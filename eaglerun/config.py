@@ -202,7 +202,7 @@ class SchedulingConfig(Checked):
     )
     enforce_eager: bool = option(False, "on a GPU: launch every kernel anew, capture no graphs")
     overlap_kernels: bool = option(
-        False, "on a Hopper GPU: let a kernel start while the one before it ends"
+        True, "on a Hopper GPU: let a kernel start while the one before it ends"
     )
 
 

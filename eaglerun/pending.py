@@ -30,8 +30,12 @@ PromptLogprobs = tuple[list[LogprobRows], tuple[int, ...]]
 
 @dataclass(slots=True)
 class Decoded:
+    """On the host: emitted [B, >= Q] and accepted [B], B no less than the plan's rows, and
+    num_experts [1]."""
+
     emitted: Tensor
     accepted: Tensor
+    num_experts: Tensor
     logprobs: LogprobRows | None
 
 
@@ -50,7 +54,6 @@ class PendingStep:
         plan: StepPlan,
         decoded: Decoded | None,
         prefilled: Prefilled | None,
-        num_experts: Tensor,
         aux: list[AuxRows],
         clock: "Clock",
     ) -> None:
@@ -58,21 +61,22 @@ class PendingStep:
         self.aux = aux
         self._decoded = decoded
         self._prefilled = prefilled
-        self._num_experts = num_experts
         self._clock = clock
 
     def result(self) -> StepResult:
         plan = self.plan
         self._clock.wait()
+        num_experts = 0
         decode: tuple[tuple[int, ...], ...] = ()
         accepted: tuple[int, ...] = ()
         decode_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if self._decoded is not None:
-            rows = self._decoded.emitted.tolist()
+            count, width = len(plan.decode), plan.num_drafts + 1
+            rows = self._decoded.emitted[:count, :width].tolist()
             decode = tuple(tuple(t for t in row if t >= 0) for row in rows)
-            accepted = tuple(self._decoded.accepted.tolist())
+            accepted = tuple(self._decoded.accepted[:count].tolist())
+            num_experts = int(self._decoded.num_experts)
             if self._decoded.logprobs is not None:
-                width = len(rows[0])
                 flat = token_logprobs(self._decoded.logprobs, [t for row in rows for t in row])
                 decode_logprobs = tuple(
                     tuple(flat[b * width : b * width + len(ids)]) for b, ids in enumerate(decode)
@@ -98,7 +102,7 @@ class PendingStep:
             decode_logprobs=decode_logprobs,
             prefill_logprobs=prefill_logprobs,
             prompt_logprobs=prompt_logprobs,
-            num_experts=int(self._num_experts),
+            num_experts=num_experts,
             times=self._clock.times(),
         )
 
@@ -151,15 +155,6 @@ def _between_ms(before: float | torch.cuda.Event, after: float | torch.cuda.Even
     assert isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event)
     elapsed: float = before.elapsed_time(after)
     return elapsed
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, there once the step's last event is; the next step may overwrite the
-    original at once."""
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor, non_blocking=True)
 
 
 def token_logprobs(rows: LogprobRows, tokens: list[int]) -> list[TokenLogprobs]:

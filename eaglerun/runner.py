@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eaglerun.batch import DeviceState, StepBuffers, host_tensor
+from eaglerun.batch import DeviceState, StepBuffers, host_tensor, to_host
 from eaglerun.graphs import Graphs
 from eaglerun.kernels.accept import move_on, window
 from eaglerun.kernels.carry import store_carry
-from eaglerun.kernels.draft_inputs import kv_slots_of, verify_inputs
+from eaglerun.kernels.draft_inputs import kv_slots_of, newest_inputs, verify_inputs
 from eaglerun.kernels.launch import overlapping
 from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import (
@@ -38,7 +38,6 @@ from eaglerun.pending import (
     PendingStep,
     Prefilled,
     PromptLogprobs,
-    to_host,
 )
 from eaglerun.sampling import (
     MAX_STOP_IDS,
@@ -146,7 +145,6 @@ class Runner:
         if options.synthetic:
             rates = torch.tensor(options.synthetic, dtype=torch.float64)
             self.synthetic = rates.to(self.device)
-        self.num_experts = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.buffers = StepBuffers(
             max(options.num_slots, *options.decode_batch_sizes, 1),
             options.num_draft_tokens,
@@ -177,14 +175,12 @@ class Runner:
             self.state.admit(admission, self.options.eos_token_ids, self.block_carry)
         for update in plan.blocks:
             self.state.set_blocks(update)
-        self.num_experts.zero_()
         aux: list[AuxRows] = []
         clock = Clock(self.device)
         decoded = self._decode(plan, aux, clock) if plan.decode else None
-        experts = to_host(self.num_experts)
         prefilled = self._prefill(plan, aux, clock) if plan.prefill else None
         clock.end()
-        return PendingStep(plan, decoded, prefilled, experts, aux, clock)
+        return PendingStep(plan, decoded, prefilled, aux, clock)
 
     # Decode part.
 
@@ -215,22 +211,21 @@ class Runner:
                 capture,
             )
         clock.draft_done()
-        emitted = to_host(buffers.emitted[: len(rows), :Q])
         logprobs = None
         if plan.num_logprobs >= 0:
             chosen = scored if self.options.processed_logprobs else forward.logits
             flat = chosen[: len(rows)].flatten(0, 1)
             tokens = buffers.emitted[: len(rows), :Q].flatten()
             logprobs = logprobs_of(flat, tokens, plan.num_logprobs)
-        return Decoded(emitted, to_host(buffers.accepted[: len(rows)]), logprobs)
+        return Decoded(*buffers.results(), logprobs)
 
     def _target_move(self, B: int, Q: int, max_seq_len: int) -> _Forward:
         """Rows [last token, drafts] of each sequence through the target, aux captured."""
         state, buffers = self.state, self.buffers
-        slots = buffers.slots[:B]
+        slots = buffers.slots
         ids, positions, kv_slots, seq_lens, length, table = verify_inputs(
             slots,
-            buffers.num_drafts[:B],
+            buffers.num_drafts,
             state.length,
             state.last_token,
             state.draft_tokens,
@@ -251,7 +246,7 @@ class Runner:
             uniform=True,
             q_lens=(Q,) * B,
         )
-        hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, self.num_experts)
+        hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, buffers.num_experts)
         logits = self.target.logits(hidden).view(B, Q, -1)
         drafts = state.draft_tokens[slots, : Q - 1]
         return _Forward(logits, drafts, kv_slots.view(-1), positions, length, table)
@@ -259,13 +254,12 @@ class Runner:
     def _accept_move(self, forward: _Forward, features: Features) -> Tensor:
         """Judge the drafts and move the sequences on; the logits as scored [B, Q, V]."""
         state, buffers, options = self.state, self.buffers, self.options
-        B, Q, _ = forward.logits.shape
-        slots = buffers.slots[:B]
+        Q, slots = forward.logits.shape[1], buffers.slots
         verified = verify(
             forward.logits,
             forward.drafts,
             None if state.draft_probs is None else state.draft_probs[slots, : Q - 1],
-            buffers.num_drafts[:B],
+            buffers.num_drafts,
             forward.length,
             slots,
             state.sampling,
@@ -295,26 +289,33 @@ class Runner:
         assert self.draft is not None and self.draft_kv is not None
         state, buffers = self.state, self.buffers
         B, Q = forward.positions.shape
-        slots = buffers.slots[:B]
         fed = self._combine(B * Q, forward.kv_slots)
         fill_accepted(
             self.draft,
             self.draft_kv,
-            buffers.emitted[:B, :Q],
+            buffers.emitted[:, :Q],
             fed,
             forward.length,
             forward.table,
             self.options.block_size,
         )
         if num_passes:
-            row = torch.arange(B, device=self.device) * Q + buffers.accepted[:B]
+            tokens, position, hidden = newest_inputs(
+                buffers.slots,
+                buffers.accepted,
+                buffers.num_propose,
+                state.length,
+                state.last_token,
+                fed,
+            )
             self._propose(
                 num_passes,
-                slots,
-                state.last_token[slots],
-                fed[row],
-                state.length[slots] - 1,
-                buffers.num_propose[:B],
+                buffers.slots,
+                forward.table,
+                tokens,
+                hidden,
+                position,
+                buffers.num_propose,
                 max_seq_len + 1,
                 features,
             )
@@ -473,6 +474,7 @@ class Runner:
             self._propose(
                 num_passes,
                 slots,
+                table,
                 sampled,
                 fed,
                 length,
@@ -494,6 +496,7 @@ class Runner:
         self,
         num_passes: int,
         slots: Tensor,
+        table: Tensor,
         tokens: Tensor,
         hidden: Tensor,
         position: Tensor,
@@ -514,7 +517,7 @@ class Runner:
             position,
             num_propose,
             num_passes,
-            self.state.block_table[slots],
+            table,
             self.options.block_size,
             min(max_seq_len, self.options.max_model_len),
             self.target.spec.vocab_size,

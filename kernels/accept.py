@@ -50,6 +50,7 @@ def _move_on_kernel(
     kept_accepted_ptr,
     slots_step,
     kept_row,
+    kept_step,
     rows,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -67,7 +68,7 @@ def _move_on_kernel(
     tl.store(num_generated_ptr + slot, tl.load(num_generated_ptr + slot) + count)
     tl.store(last_token_ptr + slot, tl.maximum(newest, 0))
     tl.store(kept_emitted_ptr + b * kept_row + j, token, mask=j < rows)
-    tl.store(kept_accepted_ptr + b, accepted)
+    tl.store(kept_accepted_ptr + b * kept_step, accepted)
 
 
 @jit
@@ -150,7 +151,8 @@ def move_on(
 
     Shapes  emitted [B, Q], accepted [B] contiguous, slots [B] of any stride; length, last_token,
             num_generated [S]; kept_emitted [>= B, >= Q] of contiguous last dim, kept_accepted
-            [>= B]; all int64. Sequences that share a slot (padding) emit nothing. B may be 0.
+            [>= B] of any stride; all int64. Sequences that share a slot (padding) emit nothing.
+            B may be 0.
     Writes  the last five, in place.
     Error   none.
     Raises  ValueError on another shape, stride or dtype.
@@ -161,7 +163,8 @@ def move_on(
         emitted.is_contiguous()
         and accepted.shape == slots.shape == (batch,)
         and accepted.is_contiguous()
-        and all(t.ndim == 1 and t.is_contiguous() for t in (*state, kept_accepted))
+        and kept_accepted.ndim == 1
+        and all(t.ndim == 1 and t.is_contiguous() for t in state)
         and kept_emitted.shape[0] >= batch
         and kept_emitted.shape[1] >= rows
         and kept_emitted.stride(1) == 1
@@ -187,6 +190,7 @@ def move_on(
             kept_accepted,
             slots.stride(0),
             kept_emitted.stride(0),
+            kept_accepted.stride(0),
             rows,
             BLOCK=power_of_2(rows),
             **settings("one_warp", emitted),

@@ -115,6 +115,47 @@ def _draft_inputs_kernel(
     tl.store(seq_lens_ptr + b, (at + 1).to(tl.int32), mask=live)
 
 
+@jit
+def _accepted_inputs_kernel(
+    emitted_ptr, length_ptr, table_ptr, ids_ptr, positions_ptr, slots_ptr,
+    emitted_row, table_row, block_size, rows,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    begin(OVERLAP)
+    b = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    token = tl.load(emitted_ptr + b * emitted_row + j, mask=j < rows, other=-1)
+    real = token >= 0
+    positions = tl.where(real, tl.load(length_ptr + b) + j, -1)
+    at = b * rows + j
+    tl.store(ids_ptr + at, tl.where(real, token, 0), mask=j < rows)
+    tl.store(positions_ptr + at, positions, mask=j < rows)
+    slots = _slots(positions, real, b, table_ptr, table_row, block_size)
+    tl.store(slots_ptr + at, slots, mask=j < rows)
+
+
+@jit
+def _newest_inputs_kernel(
+    slots_ptr, accepted_ptr, num_propose_ptr, length_ptr, last_token_ptr, hidden_ptr,
+    tokens_ptr, positions_ptr, own_hidden_ptr,
+    slots_step, accepted_step, num_propose_step, rows, width,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    begin(OVERLAP)
+    b = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + b * slots_step)
+    if tl.program_id(1) == 0:
+        tl.store(tokens_ptr + b, tl.load(last_token_ptr + slot))
+        tl.store(positions_ptr + b, tl.load(length_ptr + slot) - 1)
+    row = b * rows + tl.load(accepted_ptr + b * accepted_step)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = tl.load(num_propose_ptr + b * num_propose_step) > 0
+    x = tl.load(hidden_ptr + row * width + d, mask=d < tl.where(known, width, 0), other=0.0)
+    tl.store(own_hidden_ptr + b * width + d, x, mask=d < width)
+
+
 @paired(reference.kv_slots_of)
 def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tensor:
     """KV slot of each position: block_table[p // block_size] * block_size + p % block_size.
@@ -263,6 +304,98 @@ def draft_inputs(
             **settings("one_warp", position),
         )
     return out[0], out[1], seq_lens
+
+
+@paired(reference.accepted_inputs)
+def accepted_inputs(
+    emitted: Tensor, length: Tensor, block_table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The draft rows of the tokens that a verify emitted: token j of a sequence stands at position
+    length + j. Rows that emit nothing are padding: id 0, position -1, slot -1.
+
+    Shapes  emitted [B, Q] int64, -1 where there is none; length [B] int64, before the step;
+            block_table [B, M] int32; last dims contiguous. Returns token_ids, positions and
+            kv_slots [B, Q] int64.
+    Error   none.
+    Raises  ValueError on another shape, stride or dtype.
+    """
+    batch, rows = emitted.shape
+    _require("accepted_inputs", block_table, batch, emitted=emitted, length=length)
+    out = torch.empty(3, batch, rows, dtype=torch.int64, device=emitted.device)
+    if batch:
+        _accepted_inputs_kernel[(batch,)](
+            emitted,
+            length,
+            block_table,
+            out[0],
+            out[1],
+            out[2],
+            emitted.stride(0),
+            block_table.stride(0),
+            block_size,
+            rows,
+            BLOCK=power_of_2(rows),
+            **settings("one_warp", emitted),
+        )
+    return out[0], out[1], out[2]
+
+
+@paired(reference.newest_inputs)
+def newest_inputs(
+    slots: Tensor,
+    accepted: Tensor,
+    num_propose: Tensor,
+    length: Tensor,
+    last_token: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first draft pass starts from: the newest token of each sequence, where it stands,
+    and the hidden state of the position before, row accepted[b] of its rows.
+
+    Shapes  slots, accepted, num_propose [B] int64 of any stride; by slot: length, last_token [S]
+            int64; hidden [B * Q, H] contiguous. Returns tokens, positions [B] int64 and hidden
+            [B, H], zeros where num_propose is 0: that of a padding sequence is not read.
+    Dtypes  hidden any; a copy.
+    Error   none.
+    Raises  ValueError on another shape, stride or dtype.
+    """
+    batch, (total, width) = slots.shape[0], hidden.shape
+    require(
+        all(t.shape == (batch,) and t.dtype == torch.int64 for t in (slots, accepted, num_propose))
+        and all(
+            t.ndim == 1 and t.dtype == torch.int64 and t.is_contiguous()
+            for t in (length, last_token)
+        )
+        and hidden.is_contiguous()
+        and (not batch or total % batch == 0),
+        "newest_inputs",
+        slots=slots,
+        accepted=accepted,
+        num_propose=num_propose,
+        hidden=hidden,
+    )
+    tokens, positions = torch.empty(2, batch, dtype=torch.int64, device=slots.device)
+    own = torch.empty(batch, width, dtype=hidden.dtype, device=slots.device)
+    if batch:
+        launch = settings("copy", hidden)
+        _newest_inputs_kernel[(batch, cdiv(width, launch["BLOCK"]))](
+            slots,
+            accepted,
+            num_propose,
+            length,
+            last_token,
+            hidden,
+            tokens,
+            positions,
+            own,
+            slots.stride(0),
+            accepted.stride(0),
+            num_propose.stride(0),
+            total // batch,
+            width,
+            **launch,
+        )
+    return tokens, positions, own
 
 
 def _require(name: str, block_table: Tensor, batch: int, **rows: Tensor) -> None:

@@ -71,25 +71,6 @@ def begin(OVERLAP: tl.constexpr):
     let_next(OVERLAP)
 
 
-@jit
-def read_ahead(rows, BYTES: tl.constexpr, WARPS: tl.constexpr):
-    """Ask for the first BYTES of the rows that the pointers ``rows`` [R] name; nothing waits.
-
-    They come to the cache that all programs share, one request a thread.
-    """
-    PIECES: tl.constexpr = 32 * WARPS // rows.shape[0] if 32 * WARPS > rows.shape[0] else 1
-    SIZE: tl.constexpr = BYTES // PIECES
-    at = rows.to(tl.int64)[:, None] + (tl.arange(0, PIECES) * SIZE)[None, :]
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [at, tl.full(at.shape, SIZE, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return INSTALLED and bool(triton.knobs.runtime.interpret)

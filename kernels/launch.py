@@ -54,9 +54,9 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "route_logits_many": {
         "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
     },
-    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 2048, "num_warps": 4, "num_stages": 5},
+    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5},
     "moe_up_few": {
-        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "AHEAD": 2048,
+        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
         "SHARED_TILE": 1, "num_warps": 4, "num_stages": 3,
     },
     "moe_down_few": {"BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 3},
@@ -129,9 +129,9 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
     "route_logits_many": {
         "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2,
     },
-    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "num_warps": 4, "num_stages": 2},
+    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
     "moe_up_few": {
-        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "AHEAD": 0,
+        "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
         "SHARED_TILE": 1, "num_warps": 4, "num_stages": 2,
     },
     "moe_down_few": {"BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1, "num_warps": 4, "num_stages": 2},
@@ -187,14 +187,6 @@ def settings(name: str, x: Tensor) -> Settings:
 def overlaps(x: Tensor) -> bool:
     """Whether kernels on the device of x overlap the ends of those before them."""
     return _overlap and not interpreting() and _arch_of(x) in _CAN_OVERLAP
-
-
-def ahead(weight: Tensor, row_bytes: int) -> int:
-    """How many bytes of each row of a weight to ask for ahead: ``row_bytes``, or 0 where its rows
-    are shorter or do not begin where such a request may."""
-    step, size = weight.stride(-2) * weight.element_size(), weight.element_size()
-    fits = row_bytes <= weight.shape[-1] * size and not step % 16 and not weight.data_ptr() % 16
-    return row_bytes if fits else 0
 
 
 @contextlib.contextmanager

@@ -13,17 +13,15 @@ from torch.nn import functional as F
 from eaglerun.kernels import paired
 from eaglerun.kernels.language import (
     FLOATS,
+    begin,
     cdiv,
     dot_dtype,
     jit,
-    let_next,
     power_of_2,
-    read_ahead,
     require,
     tl,
-    wait_before,
 )
-from eaglerun.kernels.launch import ahead, settings
+from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import linear as reference
 
 # Above, the library's product.
@@ -46,23 +44,15 @@ def _linear_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
-    WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Transposed, weights [BLOCK_N, k] times rows [k, BLOCK_T], as in moe_gemm.
-
-    AHEAD: so many bytes of each weight row are on their way while x is still being made.
-    """
+    """Transposed, weights [BLOCK_N, k] times rows [k, BLOCK_T], as in moe_gemm."""
+    begin(OVERLAP)
     o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
     # Columns past the end read the last one, and are not stored.
     w_rows = w_ptr + tl.minimum(o, O - 1).to(tl.int64) * w_row
-    if AHEAD:
-        read_ahead(w_rows, AHEAD, WARPS)
-    wait_before(OVERLAP)
-    let_next(OVERLAP)
     w_at = w_rows[:, None] + k[None, :]
     x_at = x_ptr + t[None, :] * x_row + k[:, None]
     y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -114,7 +104,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     launch = settings("linear", x)
-    launch["AHEAD"] = ahead(weight, launch["AHEAD"]) if launch["OVERLAP"] else 0
     _linear_kernel[(cdiv(out, launch["BLOCK_N"]),)](
         x,
         weight,
@@ -127,7 +116,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         K=width,
         BIAS=bias is not None,
         DOT=dot_dtype(x.dtype),
-        WARPS=launch["num_warps"],
         BLOCK_T=power_of_2(rows, 16),
         **launch,
     )

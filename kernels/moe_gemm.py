@@ -20,12 +20,11 @@ from eaglerun.kernels.language import (
     dot_dtype,
     jit,
     power_of_2,
-    read_ahead,
     require,
     tl,
     wait_before,
 )
-from eaglerun.kernels.launch import ahead, moe_regime, settings
+from eaglerun.kernels.launch import moe_regime, settings
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.reference import moe_gemm as reference
 from eaglerun.kernels.swiglu_oai import clamped_swiglu, swiglu_oai
@@ -218,25 +217,18 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    AHEAD: tl.constexpr,
-    WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """a[pair, i] = activation(w[e, i] . x, w[e, I + i] . x).
 
     EXTRA: room for so many pairs more beside a full tile, by the same weights, so that an
     expert's few last pairs do not cost a tile's reading of them; 0: none. SHARED: the last tile
-    is the shared expert's, of all rows; AHEAD: so many bytes of its weight rows are on their way
-    while the others' experts are still being chosen.
+    is the shared expert's, of all rows.
     """
+    # No let_next: the programs of _down_kernel would take the places of these, unevenly.
+    wait_before(OVERLAP)
     tile, n_tile = _tile(max_tiles, n_tiles, GROUP)
     shared = tile == (max_tiles - 1 if SHARED else -1)
-    if AHEAD:
-        if shared:
-            n = tl.minimum(n_tile * BLOCK_N + tl.arange(0, BLOCK_N), I - 1)
-            read_ahead(shared_ptr + n * H, AHEAD, WARPS)
-            read_ahead(shared_ptr + (I + n) * H, AHEAD, WARPS)
-    wait_before(OVERLAP)
     chosen = (tile_expert_ptr if SORTED else ids_ptr) + tile
     expert = tl.load(chosen, mask=tile < tl.where(shared, 0, max_tiles), other=0)
     if expert < 0:
@@ -491,11 +483,6 @@ def moe_gemm(
         )
     tiles = max_tiles + 1 if fused else max_tiles
     n_tiles = cdiv(width, up["BLOCK_N"])
-    up["AHEAD"] = (
-        ahead(shared_up, up.get("AHEAD", 0))
-        if fused and shared_up is not None and up["OVERLAP"]
-        else 0
-    )
     _up_kernel[(tiles * n_tiles,)](
         x,
         w13,
@@ -518,7 +505,6 @@ def moe_gemm(
         SORTED=rows > 1,
         SHARED=fused,
         DOT=dot_dtype(x.dtype),
-        WARPS=up["num_warps"],
         **up,
     )
     n_tiles = cdiv(hidden, down["BLOCK_N"])

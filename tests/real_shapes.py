@@ -16,7 +16,13 @@ from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ra
 from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
-from eaglerun.kernels.draft_inputs import draft_inputs, kv_slots_of, verify_inputs
+from eaglerun.kernels.draft_inputs import (
+    accepted_inputs,
+    draft_inputs,
+    kv_slots_of,
+    newest_inputs,
+    verify_inputs,
+)
 from eaglerun.kernels.index_topk import index_topk, index_topk_ragged
 from eaglerun.kernels.kv_store import draft_kv_store, kv_index_store, kv_store
 from eaglerun.kernels.linear import linear
@@ -66,6 +72,7 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     yield swiglu_oai, (new(4, 2 * WIDTH), 1.702, 7.0, 1.0)
     yield swiglu, (new(4, 2 * DRAFT_WIDTH),)
     yield linear, (x, new(9856, HIDDEN))
+    yield linear, (new(4, 2 * HIDDEN), new(2 * GROUPS * DIM, 2 * HIDDEN))
     yield linear, (new(64, HIDDEN), new(VOCAB, HIDDEN))
     yield store_carry, (x, ints(4), new(32, HIDDEN), BLOCK)
     yield accept, (ints(4, 4), new(4, 3, dtype=torch.bool), ints(4))
@@ -76,6 +83,8 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     yield kv_slots_of, (ints(4, 4), table, BLOCK)
     yield verify_inputs, (ints(4), ints(4), ints(4), ints(4), ints(4, 7), table, BLOCK, 4)
     yield draft_inputs, (ints(4), 1, ints(4, 3)[:, 2], table, BLOCK)
+    yield accepted_inputs, (ints(4, 9)[:, 1:5], ints(4), table, BLOCK)
+    yield newest_inputs, (ints(4), ints(4, 9)[:, 0], ints(4), ints(9), ints(9), new(16, HIDDEN))
     yield vocab_argmax, (new(4, VOCAB),)
     yield vocab_argmax, (new(4, VOCAB, dtype=torch.float32),)
     yield uniform, (ints(4), ints(4), 1)
@@ -94,8 +103,9 @@ def _stores(new: Any, ints: Any, cache: torch.dtype) -> Iterator[Call]:
     rope = new(4096, DIM, dtype=torch.float32)
     yield draft_kv_store, (qkv[:, :main], *rows, rope, k, k)
     yield draft_kv_store, (new(4, 2 * GROUPS * DIM), *rows, rope, k, k)
-    k = new(8, BLOCK, HEADS, DIM, dtype=cache)
-    yield draft_kv_store, (new(4, 3 * HEADS * DIM), *rows, rope, k, k)
+    if cache == qkv.dtype:
+        k = new(8, BLOCK, HEADS, DIM)
+        yield draft_kv_store, (new(4, 3 * HEADS * DIM), *rows, rope, k, k)
 
 
 def _attention(
@@ -110,9 +120,9 @@ def _attention(
         blocks * BLOCK,
     )
     yield attention_dense, (q, k, k, *where, 0.1)
-    if rows == batch:
+    if rows == batch and cache == q.dtype:
         # The draft with as many keys as heads; it has no key at position 0.
-        heads = new(64, BLOCK, HEADS, DIM, dtype=cache)
+        heads = new(64, BLOCK, HEADS, DIM)
         yield attention_dense, (q, heads, heads, *where, 0.1, 1)
     yield index_topk, (index_q, index_k, *where, TOPK, 0, 1)
     ids = ints(rows, GROUPS, TOPK, dtype=torch.int32)
@@ -132,8 +142,9 @@ def _prefill(new: Any, ints: Any, cache: torch.dtype) -> Iterator[Call]:
         8192,
     )
     yield attention_dense_ragged, (q, k, k, *where, 0.1)
-    heads = new(64, BLOCK, HEADS, DIM, dtype=cache)
-    yield attention_dense_ragged, (q, heads, heads, *where, 0.1, 1)
+    if cache == q.dtype:
+        heads = new(64, BLOCK, HEADS, DIM)
+        yield attention_dense_ragged, (q, heads, heads, *where, 0.1, 1)
     yield index_topk_ragged, (index_q, index_k, *where, TOPK, 0, 1)
     ids = ints(rows, GROUPS, TOPK, dtype=torch.int32)
     yield attention_sparse_ragged, (q, k, k, ids, *where, 0.1)

@@ -436,6 +436,7 @@ def linear_cases() -> Iterator[Case]:
         ("shared down", HIDDEN, WIDTH),
         ("dense gate_up", 24576, HIDDEN),
         ("draft fc", HIDDEN, 3 * HIDDEN),
+        ("draft kv", 2 * GROUPS * DIM, 2 * HIDDEN),
         ("head", VOCAB, HIDDEN),
     ):
         count = max(2, min(8, CACHE_BYTES // (out * width * 2)))

@@ -34,7 +34,7 @@ def record(
     if bench.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     bench.synchronize()
-    with profile(activities=activities) as recorded:
+    with profile(activities=activities, acc_events=True) as recorded:
         for i in range(num_steps):
             with record_function(f"{STEP}{i}"):
                 step()

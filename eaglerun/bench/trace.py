@@ -6,6 +6,7 @@ the outermost operators stand for kernels.
 """
 
 import itertools
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -141,7 +142,8 @@ class Summary:
     no_kernel      share of it in which no kernel ran; copies and fills count as nothing
     between_steps  share of it between the last activity of a step and the first of the next;
                    None where the trace does not tell the steps apart
-    groups         every group, longest first;  top: every kernel name, longest first
+    groups         every group, longest first;  top: every kernel name, longest first; a kernel's
+                   time counts from the end of those that began before it
     """
 
     num_steps: int
@@ -201,10 +203,14 @@ def grouped(activities: Iterable[Activity]) -> list[tuple[str, Activity]]:
 
 
 def _shares(named: Sequence[tuple[str, Activity]], num_steps: int) -> tuple[Share, ...]:
+    """Of activities in order of their begin."""
     spent: dict[str, tuple[float, int]] = {}
+    reached = -math.inf
     for name, a in named:
         us, count = spent.get(name, (0.0, 0))
-        spent[name] = (us + a.us, count + 1)
+        # One that has begun while another still ran has waited for it until then.
+        spent[name] = (us + max(0.0, a.end_us - max(a.begin_us, reached)), count + 1)
+        reached = max(reached, a.end_us)
     shares = [Share(n, us / num_steps / 1e3, c / num_steps) for n, (us, c) in spent.items()]
     return tuple(sorted(shares, key=lambda share: -share.ms))
 

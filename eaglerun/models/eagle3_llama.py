@@ -145,11 +145,10 @@ class Eagle3Llama(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """token_ids [N], hidden [N, hidden] -> (normed f, feedback), both [N, hidden].
 
-        f goes to logits, feedback is the hidden of the next pass. Rows of padding may hold any
-        hidden, NaN too; their outputs are finite.
+        f goes to logits, feedback is the hidden of the next pass. Rows of padding (position -1)
+        give some finite numbers; their hidden must be finite too.
         Writes  K and V of the rows with a kv_slot.
         """
-        hidden = hidden.masked_fill((batch.positions < 0)[:, None], 0.0)
         joined = self._join(token_ids, hidden)
         if self.spec.norm_before_residual:
             hidden = joined[:, self.spec.hidden_size :]

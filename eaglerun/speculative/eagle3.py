@@ -8,7 +8,7 @@ tokens it made certain; attention, MLP and head run on the one row per sequence 
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.draft_inputs import draft_inputs, kv_slots_of
+from eaglerun.kernels.draft_inputs import accepted_inputs, draft_inputs
 from eaglerun.kernels.noise import DRAFT, TOKEN
 from eaglerun.kernels.vocab_argmax import vocab_argmax
 from eaglerun.models.attention import AttentionBatch, DraftKV, uniform_rows
@@ -30,10 +30,8 @@ def fill_accepted(
     Shapes  emitted [B, Q] int64 (-1: none); hidden [B * Q, H], fc(aux) of the verify rows; length
             [B] int64 before the step; block_table [B, M].
     """
-    i = torch.arange(emitted.shape[1], device=emitted.device)
-    positions = torch.where(emitted >= 0, length[:, None] + i, -1)
-    slots = kv_slots_of(positions, block_table, block_size)
-    draft.fill_kv(emitted.clamp(min=0).view(-1), hidden, positions.view(-1), slots.view(-1), kv)
+    ids, positions, slots = accepted_inputs(emitted, length, block_table, block_size)
+    draft.fill_kv(ids.view(-1), hidden, positions.view(-1), slots.view(-1), kv)
 
 
 class Sampler:
@@ -75,8 +73,8 @@ def propose(
     """Draft ``num_passes`` tokens after the newest token of each of B sequences.
 
     Shapes  tokens, position [B] int64: the newest token and where it stands; hidden [B, H], fc(aux)
-            of the position before; num_propose [B] int64, passes that count for the sequence
-            (later rows are padding); block_table [B, M]; max_seq_len: upper bound of position + 1.
+            of the position before, finite; num_propose [B] int64, passes that count for the
+            sequence (later rows are padding); block_table [B, M]; max_seq_len: upper bound of position + 1.
             Returns draft ids [B, num_passes] in the target's vocabulary, and the distributions
             [B, num_passes, vocab_size] where ``sampler`` drew them.
     """

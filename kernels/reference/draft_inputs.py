@@ -65,3 +65,38 @@ def draft_inputs(
     if pass_index == 0:
         slots = torch.full_like(slots, -1)
     return at, slots, (at[:, 0] + 1).int()
+
+
+def accepted_inputs(
+    emitted: Tensor, length: Tensor, block_table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The draft rows of the tokens that a verify emitted: token j of a sequence stands at position
+    length + j. Rows that emit nothing are padding: id 0, position -1, slot -1.
+
+    Shapes  emitted [B, Q] int64, -1 where there is none; length [B] int64, before the step;
+            block_table [B, M] int32. Returns token_ids, positions and kv_slots [B, Q] int64.
+    """
+    j = torch.arange(emitted.shape[1], device=emitted.device)
+    positions = torch.where(emitted >= 0, length[:, None] + j, -1)
+    return emitted.clamp(min=0), positions, kv_slots_of(positions, block_table, block_size)
+
+
+def newest_inputs(
+    slots: Tensor,
+    accepted: Tensor,
+    num_propose: Tensor,
+    length: Tensor,
+    last_token: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first draft pass starts from: the newest token of each sequence, where it stands,
+    and the hidden state of the position before, row accepted[b] of its rows.
+
+    Shapes  slots, accepted, num_propose [B] int64; by slot: length, last_token [S] int64; hidden
+            [B * Q, H]. Returns tokens, positions [B] int64 and hidden [B, H], zeros where
+            num_propose is 0: that of a padding sequence may hold anything.
+    """
+    row = torch.arange(slots.shape[0], device=slots.device)
+    own = hidden.unflatten(0, (slots.shape[0], -1))[row, accepted]
+    own = torch.where((num_propose > 0)[:, None], own, 0.0)
+    return last_token[slots], length[slots] - 1, own

@@ -100,6 +100,10 @@ def test_overlapping_kernels_are_busy_once():
     )
     assert found.idle == pytest.approx(0.2)
     assert found.between_steps == 0.0
+    # What began early waited: its time counts from the end of those before it.
+    assert {share.name: share.ms * 1e3 for share in found.top} == pytest.approx(
+        {"a": 50, "b": 0, "c": 10, "d": 20}
+    )
 
 
 def test_without_steps_a_profile_counts_as_a_whole():

@@ -32,7 +32,7 @@ def test_move_on(batch, rows, device):
         slots[-2], emitted[-2:], accepted[-2:] = slots[-1], -1, 0
     state = [torch.randint(1, 50, (batch + 3,), device=device) for _ in range(3)]
     kept = torch.full((batch + 4, rows + 2), 7, device=device)
-    compare(move_on, emitted, accepted, slots, *state, kept, kept[:, 0].clone())
+    compare(move_on, emitted, accepted, slots, *state, kept[:, 1:], kept[:, 0].clone())
 
 
 @pytest.mark.parametrize("batch, count", [(0, 2), (1, 1), (5, 4)])

@@ -2,7 +2,13 @@ import pytest
 import torch
 from compare import compare
 
-from eaglerun.kernels.draft_inputs import draft_inputs, kv_slots_of, verify_inputs
+from eaglerun.kernels.draft_inputs import (
+    accepted_inputs,
+    draft_inputs,
+    kv_slots_of,
+    newest_inputs,
+    verify_inputs,
+)
 
 
 def table(batch, device):
@@ -47,6 +53,29 @@ def test_draft_inputs(batch, pass_index, device):
     position = torch.randint(0, 20, (batch,), device=device)
     num_propose = torch.randint(0, 4, (batch, 3), device=device)[:, 2]
     compare(draft_inputs, position, pass_index, num_propose, table(batch, device), 4)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 33])
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_accepted_inputs(batch, rows, device):
+    emitted = torch.randint(0, 900, (batch, rows + 2), device=device)[:, 1 : 1 + rows]
+    count = torch.randint(0, rows + 1, (batch, 1), device=device)
+    emitted = emitted.where(torch.arange(rows, device=device) < count, -1)
+    length = torch.randint(0, 12, (batch,), device=device)
+    compare(accepted_inputs, emitted, length, table(batch, device), 4)
+
+
+@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (4, 72), (9, 1100)])
+def test_newest_inputs(batch, rows, width, device):
+    slots = torch.randperm(40, device=device)[:batch]
+    accepted = torch.randint(0, rows, (batch, 3), device=device)[:, 1]
+    num_propose = torch.randint(0, 3, (batch,), device=device)
+    state = torch.randint(1, 900, (2, 40), device=device)
+    hidden = torch.randn(batch * rows, width, device=device).bfloat16()
+    # Nobody knows what the rows of padding hold.
+    hidden.view(batch, rows, width)[num_propose == 0] = torch.nan
+    compare(newest_inputs, slots, accepted, num_propose, *state, hidden)
 
 
 def test_raises(device):

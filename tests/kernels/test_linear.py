@@ -7,7 +7,8 @@ from eaglerun.kernels.linear import linear
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "rows, width, out", [(0, 8, 8), (1, 6144, 64), (5, 100, 97), (33, 256, 65), (65, 40, 24)]
+    "rows, width, out",
+    [(0, 8, 8), (1, 6144, 64), (5, 100, 97), (33, 256, 65), (65, 40, 24), (3, 64, 4100)],
 )
 def test_linear(rows, width, out, dtype, device):
     x = torch.randn(rows, width + 3, device=device).to(dtype)[:, :width]

@@ -264,8 +264,8 @@ def run_propose(
             state.admit(slot, params, seed + slot, (), (), (), 0)
         slots = torch.arange(len(texts))
         sampler = Sampler(state, slots, Features.of([params]), rejection=True)
-    # A row of padding has no sequence behind it: its hidden state may be anything.
-    newest[-1] = torch.full_like(newest[-1], torch.nan)
+    # A row of padding has no sequence behind it (kernels.draft_inputs.newest_inputs).
+    newest[-1] = torch.zeros_like(newest[-1])
     drafts, probs = propose(
         draft,
         kv,
