@@ -75,8 +75,8 @@ def propose(
     Shapes  tokens, position [B] int64: the newest token and where it stands; hidden [B, H], fc(aux)
             of the position before, finite; num_propose [B] int64, passes that count for the
             sequence (later rows are padding); block_table [B, M]; max_seq_len: upper bound of
-            position + 1. Returns draft ids [B, num_passes] in the target's vocabulary, and the distributions
-            [B, num_passes, vocab_size] where ``sampler`` drew them.
+            position + 1. Returns draft ids [B, num_passes] in the target's vocabulary, and the
+            distributions [B, num_passes, vocab_size] where ``sampler`` drew them.
     """
     B = tokens.shape[0]
     seq_ids, cu_seqlens = uniform_rows(B, 1, tokens.device)
