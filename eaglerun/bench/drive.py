@@ -134,7 +134,7 @@ def decode_steps(engine: Engine, steps: Steps, count: int) -> None:
         for event in engine.step():
             if isinstance(event, Finished | Failed):
                 raise EngineError(f"{event.request_id} ended after {steps.count} full decode steps")
-        if engine.num_waiting and not engine.scheduler.num_in_flight:
+        if engine.num_waiting and not engine.num_running:
             raise EngineError(f"{engine.num_waiting} sequences wait: they do not run at once")
 
 

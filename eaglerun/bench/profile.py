@@ -162,10 +162,13 @@ def _run_one(
     kernels: Table[KernelRow],
 ) -> None:
     num_steps, out = bench.options.num_steps, bench.options.out
-    output_len = (WARM_STEPS + 2 * num_steps + 4) * (k + 1)
+    prompts = bench.prompts(n)
+    # The first sequence decodes while the last is still prefilled.
+    prefills = -(-sum(map(len, prompts)) // bench.config.scheduling.max_num_batched_tokens) + n
+    output_len = (WARM_STEPS + 2 * num_steps + 4 + prefills) * (k + 1)
     steps = Steps(n)
     engine.observer = steps
-    requests = submit(engine, bench.prompts(n), [output_len] * n, k)
+    requests = submit(engine, prompts, [output_len] * n, k)
     decode_steps(engine, steps, WARM_STEPS)
     steps.forget()
     decode_steps(engine, steps, num_steps)

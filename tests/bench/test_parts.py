@@ -80,6 +80,22 @@ def test_a_profile_has_its_groups(tmp_path: Path):
     assert (tmp_path / "trace-3-3.json.gz").is_file()
 
 
+def test_no_sequence_ends_within_a_profile(tmp_path: Path):
+    """Prompts that are prefilled one after the other: the first decodes long before the last."""
+    found = bench(
+        tmp_path,
+        "profile",
+        "--num-drafts=0",
+        "--concurrency=8",
+        "--max-num-seqs=8",
+        "--max-num-batched-tokens=34",
+        "--input-len=30",
+    )
+    assert found["profile"][0]["num_steps"] == 2
+    for row in found["profile_kernels"]:
+        assert row["launches"] == round(row["launches"]), "steps are alike"
+
+
 def test_long_contexts_and_prefill(tmp_path: Path):
     found = bench(
         tmp_path,
