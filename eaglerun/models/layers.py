@@ -1,5 +1,7 @@
 """The parts both models are made of: weights with a forward, created empty and never trained."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,10 +39,13 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Output columns start..stop alone; the other rows of the weight are not read."""
+    def rows(
+        self, x: Tensor, start: int, stop: int, product: Callable[..., Tensor] = linear
+    ) -> Tensor:
+        """Output columns start..stop alone, by ``product``; the other rows of the weight are not
+        read."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return linear(x, self.weight[start:stop], bias)
+        return product(x, self.weight[start:stop], bias)
 
 
 class Embedding(nn.Module):
