@@ -353,8 +353,8 @@ def newest_inputs(
     and the hidden state of the position before, row accepted[b] of its rows.
 
     Shapes  slots, accepted, num_propose [B] int64 of any stride; by slot: length, last_token [S]
-            int64; hidden [B * Q, H] contiguous. Returns tokens, positions [B] int64 and hidden
-            [B, H], zeros where num_propose is 0: that of a padding sequence is not read.
+            int64; hidden [B * Q, H] contiguous; B at least 1. Returns tokens, positions [B] int64
+            and hidden [B, H], zeros where num_propose is 0: that of a padding sequence is not read.
     Dtypes  hidden any; a copy.
     Error   none.
     Raises  ValueError on another shape, stride or dtype.
@@ -367,7 +367,8 @@ def newest_inputs(
             for t in (length, last_token)
         )
         and hidden.is_contiguous()
-        and (not batch or total % batch == 0),
+        and batch > 0
+        and total % batch == 0,
         "newest_inputs",
         slots=slots,
         accepted=accepted,
@@ -376,25 +377,24 @@ def newest_inputs(
     )
     tokens, positions = torch.empty(2, batch, dtype=torch.int64, device=slots.device)
     own = torch.empty(batch, width, dtype=hidden.dtype, device=slots.device)
-    if batch:
-        launch = settings("copy", hidden)
-        _newest_inputs_kernel[(batch, cdiv(width, launch["BLOCK"]))](
-            slots,
-            accepted,
-            num_propose,
-            length,
-            last_token,
-            hidden,
-            tokens,
-            positions,
-            own,
-            slots.stride(0),
-            accepted.stride(0),
-            num_propose.stride(0),
-            total // batch,
-            width,
-            **launch,
-        )
+    launch = settings("copy", hidden)
+    _newest_inputs_kernel[(batch, cdiv(width, launch["BLOCK"]))](
+        slots,
+        accepted,
+        num_propose,
+        length,
+        last_token,
+        hidden,
+        tokens,
+        positions,
+        own,
+        slots.stride(0),
+        accepted.stride(0),
+        num_propose.stride(0),
+        total // batch,
+        width,
+        **launch,
+    )
     return tokens, positions, own
 
 

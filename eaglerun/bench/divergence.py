@@ -96,11 +96,8 @@ class Selections:
 
     def _note_rows(self, runner: Runner, _: MiniMaxM3, args: tuple[Tensor, AttentionBatch]) -> None:
         batch = args[1]
-        rows = len(batch.positions)
         if batch.uniform:
-            per_sequence = batch.max_q_len
-            slots = runner.buffers.slots[: rows // per_sequence]
-            slots = slots[:, None].expand(-1, per_sequence).flatten()
+            slots = runner.buffers.slots[:, None].expand(-1, batch.max_q_len).flatten()
         else:
             assert runner.plan is not None
             chunks = [chunk.slot_id for chunk in runner.plan.prefill]

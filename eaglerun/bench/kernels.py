@@ -25,7 +25,12 @@ from eaglerun.kernels.accept import accept
 from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
 from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
 from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
-from eaglerun.kernels.draft_inputs import draft_inputs, verify_inputs
+from eaglerun.kernels.draft_inputs import (
+    accepted_inputs,
+    draft_inputs,
+    newest_inputs,
+    verify_inputs,
+)
 from eaglerun.kernels.index_topk import block_scores, index_topk, index_topk_ragged, topk_blocks
 from eaglerun.kernels.kv_store import kv_index_store
 from eaglerun.kernels.linear import MAX_ROWS, linear
@@ -224,6 +229,11 @@ def rowwise_cases() -> Iterator[Case]:
     inputs = [(slots, k, length, length, drafts, table, PAGE, 4)]
     yield Case("verify_inputs b=64", verify_inputs, inputs, 64 * 200, tolerance=0)
     yield Case("draft_inputs b=64", draft_inputs, [(length, 1, k, table, PAGE)], 64 * 60, 0, 0)
+    emitted = torch.randint(0, 9, (64, 4), device=DEVICE)
+    filled = [(emitted, length, table, PAGE)]
+    yield Case("accepted_inputs b=64", accepted_inputs, filled, 64 * 140, tolerance=0)
+    newest = [(slots, k, k, length, length, randn(4 * 64, HIDDEN)) for _ in range(8)]
+    yield Case("newest_inputs b=64", newest_inputs, newest, 64 * 4 * HIDDEN, tolerance=0)
     matches = torch.rand(64, 3, device=DEVICE) < 0.7
     targets = torch.randint(0, 9, (64, 4), device=DEVICE)
     yield Case("accept b=64", accept, [(targets, matches, k)], 64 * 80, tolerance=0)
@@ -437,6 +447,7 @@ def linear_cases() -> Iterator[Case]:
         ("dense gate_up", 24576, HIDDEN),
         ("draft fc", HIDDEN, 3 * HIDDEN),
         ("draft kv", 2 * GROUPS * DIM, 2 * HIDDEN),
+        ("MHA draft kv", 2 * HEADS * DIM, 2 * HIDDEN),
         ("head", VOCAB, HIDDEN),
     ):
         count = max(2, min(8, CACHE_BYTES // (out * width * 2)))

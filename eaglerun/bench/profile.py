@@ -164,7 +164,8 @@ def _run_one(
     num_steps, out = bench.options.num_steps, bench.options.out
     prompts = bench.prompts(n)
     # The first sequence decodes while the last is still prefilled.
-    prefills = -(-sum(map(len, prompts)) // bench.config.scheduling.max_num_batched_tokens) + n
+    room = max(1, bench.config.scheduling.max_num_batched_tokens - n * (k + 1))
+    prefills = -(-sum(map(len, prompts)) // room) + n
     output_len = (WARM_STEPS + 2 * num_steps + 4 + prefills) * (k + 1)
     steps = Steps(n)
     engine.observer = steps

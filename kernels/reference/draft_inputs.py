@@ -93,8 +93,8 @@ def newest_inputs(
     and the hidden state of the position before, row accepted[b] of its rows.
 
     Shapes  slots, accepted, num_propose [B] int64; by slot: length, last_token [S] int64; hidden
-            [B * Q, H]. Returns tokens, positions [B] int64 and hidden [B, H], zeros where
-            num_propose is 0: that of a padding sequence may hold anything.
+            [B * Q, H]; B at least 1. Returns tokens, positions [B] int64 and hidden [B, H],
+            zeros where num_propose is 0: that of a padding sequence may hold anything.
     """
     row = torch.arange(slots.shape[0], device=slots.device)
     own = hidden.unflatten(0, (slots.shape[0], -1))[row, accepted]

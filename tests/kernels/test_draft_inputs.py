@@ -82,3 +82,10 @@ def test_raises(device):
     positions = torch.zeros(2, 1, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="kv_slots_of"):
         kv_slots_of.kernel(positions, table(2, device).long(), 4)
+    with pytest.raises(ValueError, match="accepted_inputs"):
+        accepted_inputs.kernel(positions, positions[:1, 0], table(2, device), 4)
+    hidden = torch.zeros(3, 8, device=device)
+    with pytest.raises(ValueError, match="newest_inputs"):
+        newest_inputs.kernel(*[positions[:, 0]] * 5, hidden)
+    with pytest.raises(ValueError, match="newest_inputs"):
+        newest_inputs.kernel(*[positions[:0, 0]] * 3, *[positions[:, 0]] * 2, hidden)
