@@ -204,6 +204,12 @@ class SchedulingConfig(Checked):
     overlap_kernels: bool = option(
         True, "on a Hopper GPU: let a kernel start while the one before it ends"
     )
+    batch_invariant: bool = option(
+        False,
+        "on a Hopper GPU, in bfloat16 or float16: a token's bits do not depend on what runs beside "
+        "it, nor on K; slower steps",
+        aliases=("enable-deterministic-inference",),
+    )
 
 
 @dataclass(frozen=True, slots=True)

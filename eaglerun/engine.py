@@ -13,7 +13,14 @@ from eaglerun.blocks import BlockPool
 from eaglerun.budget import KVBudget, MemoryUse, format_use, graph_outputs, size_kv
 from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import ConfigError, RequestError
-from eaglerun.loader import Models, cache_dtypes, kv_budget_of, load_models, narrowest_kv
+from eaglerun.loader import (
+    Models,
+    cache_dtypes,
+    check_invariant,
+    kv_budget_of,
+    load_models,
+    narrowest_kv,
+)
 from eaglerun.memory import CudaMemory, DeviceMemory, measure, rehearsing, weights_of
 from eaglerun.messages import Event, Request
 from eaglerun.models.eagle3_llama import Eagle3Llama
@@ -66,6 +73,7 @@ class Engine:
             raise ConfigError("return_aux_hidden_states: no layer is tapped; name aux_layers")
         scheduling = config.scheduling
         device, dtype = target.embed_tokens.weight.device, target.embed_tokens.weight.dtype
+        check_invariant(config, target.spec, device, dtype)
         on_gpu = device.type == "cuda"
         if memory is None and on_gpu:
             memory = CudaMemory(device)
@@ -148,6 +156,7 @@ class Engine:
             decode_batch_sizes=sizes,
             capture=not scheduling.enforce_eager,
             overlap_kernels=scheduling.overlap_kernels,
+            batch_invariant=scheduling.batch_invariant,
             graph_bytes=None,
             scripted_drafts=config.speculation.scripted == "drafts",
             scripted_tokens=config.speculation.scripted == "tokens",

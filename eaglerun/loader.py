@@ -17,6 +17,7 @@ from eaglerun.budget import (
 )
 from eaglerun.config import Config
 from eaglerun.errors import CapacityError, ConfigError
+from eaglerun.kernels.launch import can_be_invariant
 from eaglerun.memory import CudaMemory, DeviceMemory, before_loading
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
@@ -81,6 +82,7 @@ def load_models(config: Config, progress: bool = False) -> Models:
     dtype = choose_dtype(config.model.dtype, found.target.dtype, device)
     taps = config.output.aux_layers if found.draft is None else found.draft.taps
     limit = config.model.max_model_len
+    check_invariant(config, found.target, device, dtype)
     if device.type == "cuda":
         refuse_what_cannot_fit(config, found, dtype, CudaMemory(device))
     target = MiniMaxM3(found.target, taps, device=device, dtype=dtype, max_positions=limit)
@@ -105,6 +107,26 @@ def load_models(config: Config, progress: bool = False) -> Models:
         tokenizer=tokenizer,
         path=found.target_path,
     )
+
+
+def check_invariant(
+    config: Config, target: TargetSpec, device: torch.device, dtype: torch.dtype
+) -> None:
+    """ConfigError where batch_invariant is asked for and cannot be had."""
+    if not config.scheduling.batch_invariant:
+        return
+    if not can_be_invariant(device, dtype):
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"batch_invariant = True: {name} on {where}; allowed bfloat16 and float16 on a Hopper "
+            "GPU"
+        )
+    if any(target.sparse_layers) and target.sparse_block_size % 64:
+        raise ConfigError(
+            f"batch_invariant = True: sparse blocks of {target.sparse_block_size} keys; allowed "
+            "multiples of 64"
+        )
 
 
 def refuse_what_cannot_fit(

@@ -20,7 +20,7 @@ from eaglerun.graphs import Graphs
 from eaglerun.kernels.accept import move_on, window
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_inputs import kv_slots_of, newest_inputs, verify_inputs
-from eaglerun.kernels.launch import overlapping
+from eaglerun.kernels.launch import invariant, overlapping
 from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import (
     AttentionBatch,
@@ -84,6 +84,7 @@ class RunnerOptions:
     capture: bool
     graph_bytes: int | None
     overlap_kernels: bool
+    batch_invariant: bool
     scripted_drafts: bool
     scripted_tokens: bool
     keep_aux: bool
@@ -166,7 +167,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step. Plans must come in the order they were made."""
-        with overlapping(self.options.overlap_kernels):
+        options = self.options
+        with overlapping(options.overlap_kernels), invariant(options.batch_invariant):
             return self._launch(plan)
 
     def _launch(self, plan: StepPlan) -> PendingStep:
@@ -285,7 +287,16 @@ class Runner:
     def _draft_move(
         self, forward: _Forward, num_passes: int, max_seq_len: int, features: Features
     ) -> None:
-        """Fill the draft's KV with what was emitted, then draft from the newest token of each."""
+        """Fill the draft's KV with what was emitted, then draft from the newest token of each.
+
+        A draft's bits decide no token's, and need not be invariant.
+        """
+        with invariant(False):
+            self._fill_and_propose(forward, num_passes, max_seq_len, features)
+
+    def _fill_and_propose(
+        self, forward: _Forward, num_passes: int, max_seq_len: int, features: Features
+    ) -> None:
         assert self.draft is not None and self.draft_kv is not None
         state, buffers = self.state, self.buffers
         B, Q = forward.positions.shape
@@ -355,7 +366,8 @@ class Runner:
                 rows = self.aux[:, start : start + len(c.token_ids)].clone()
                 aux.append(AuxRows(c.slot_id, c.start, rows))
         if self.draft is not None:
-            self._prefill_draft(plan, final, batch, ids, ends, sampled)
+            with invariant(False):
+                self._prefill_draft(plan, final, batch, ids, ends, sampled)
         clock.draft_done()
         return Prefilled(to_host(sampled), logprobs, prompt)
 

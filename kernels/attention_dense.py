@@ -37,17 +37,18 @@ def attend_tile(
 ):  # fmt: skip
     """One tile of keys into the running softmax (base 2) of a tile of rows.
 
-    A tile that a row does not see changes none of the row's bits. Not MASKED: all is visible.
+    A tile that a row does not see changes none of the row's bits, and one that all rows see gives
+    the same with MASKED and without: what a compiler might round once or twice is said as fma.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
-    new = tl.maximum(top, tl.max(scores, axis=1))
+    new = tl.maximum(top, tl.max(scores, axis=1) * scale)
     # Rows that have seen nothing yet: -inf - -inf would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(scores - base[:, None])
+    p = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), -base[:, None]))
     decay = tl.exp2(top - base)
-    total = total * decay + tl.sum(p, axis=1)
+    total = tl.fma(total, decay, tl.sum(p, axis=1))
     acc = tl.dot(p.to(DOT), v, acc * decay[:, None], input_precision="ieee")
     return acc, new, total
 
@@ -268,7 +269,8 @@ def attention_dense(
             cast to q.dtype as they are read (exactly, of fp8); scores, softmax and sums in fp32,
             the softmax weights rounded to q.dtype before they meet v, one cast to q.dtype.
     Error   3e-3 absolute in bf16 where |v| <= 1 (1e-5 in fp32). A row's bits depend on Q and on
-            its own keys, not on the number of sequences, their lengths or max_seq_len.
+            its own keys, not on the number of sequences, their lengths or max_seq_len; in a
+            batch-invariant engine (launch.invariant) not on Q either.
     Raises  ValueError when N is no multiple of B or H none of G, and on another shape, stride
             or dtype.
     Source  Vaswani et al. 2017, arXiv:1706.03762, eq. 1; pages as Kwon et al. 2023,
@@ -288,7 +290,7 @@ def attention_dense(
     limit = launch.pop("SPLITS")
     # Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
     splits = min(limit, 4 * cdiv(max_seq_len, 4 * chunk)) if max_seq_len > chunk else 1
-    block_m = max(min(pairs, launch.pop("MAX_M", 16)), power_of_2(ratio))
+    block_m = max(min(pairs, launch.pop("MAX_M")), launch.pop("MIN_M"), power_of_2(ratio))
     part, lse = parts(q, splits)
     _attention_kernel[(cdiv(per_seq, block_m // ratio), groups * splits, batch)](
         q,

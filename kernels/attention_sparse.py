@@ -2,7 +2,8 @@
 """Attention over the selected blocks of the paged cache.
 
 One program holds the query heads of one row and group, for each has a selection of its own. Of
-uniform rows, slots [s * PER_SPLIT, (s + 1) * PER_SPLIT) of the selection go to split s.
+uniform rows, slots [s * PER_SPLIT, (s + 1) * PER_SPLIT) of the selection go to split s, as many
+as hold CHUNK keys.
 
 Rows of a prefill chunk that stand side by side may also share a program (the launch table's
 SHARE): it walks the union of their blocks, in ascending order, and each row sees its own. Blocks
@@ -258,7 +259,8 @@ def attention_sparse(
             sequence in any order, none twice, -1 unused; returns [N, H, D].
     Dtypes  as attention_dense.
     Error   as attention_dense. A row's bits depend on its selection (its order too) and its own
-            keys alone.
+            keys alone; in a batch-invariant engine (launch.invariant) they are attention_dense's
+            where the selection is every causal block, ascending.
     Raises  as attention_dense.
     Source  MiniMaxM3VLIndexer.build_block_mask (transformers 5.23, models/minimax_m3_vl).
     """
@@ -361,8 +363,11 @@ def _launch(
         _shared(q, k_cache, v_cache, out, block_ids, positions, block_tables, seq_lens,
                 cu_seqlens_q, per_seq, scale)  # fmt: skip
         return out
-    per_split = topk if ragged else min(launch.pop("PER_SPLIT"), topk)
+    limit, least = launch.pop("SPLITS", 1), launch.pop("MIN_M", 16)
+    per_split = topk if ragged else max(launch.pop("CHUNK") // k_cache.shape[1], 1)
     splits = cdiv(topk, per_split)
+    if splits > 1:
+        splits = 4 * cdiv(splits, 4)  # as attention_dense's
     part, lse = parts(q, splits)
     _attention_sparse_kernel[(per_seq, groups * splits, batch)](
         q,
@@ -390,7 +395,7 @@ def _launch(
         SPLITS=splits,
         PER_SPLIT=per_split,
         DOT=dot_dtype(q.dtype),
-        BLOCK_M=power_of_2(heads // groups, 16),
+        BLOCK_M=power_of_2(heads // groups, least),
         BLOCK_D=power_of_2(dim, 16),
         **launch,
     )
@@ -406,7 +411,7 @@ def _launch(
             D=dim,
             SPLITS=splits,
             CHUNK=0,
-            BLOCK_S=power_of_2(splits),
+            BLOCK_S=power_of_2(splits, power_of_2(limit)),
             BLOCK_D=power_of_2(dim),
             **settings("attention_merge", q),
         )

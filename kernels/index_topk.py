@@ -388,7 +388,8 @@ def _scores(
     if not per_seq or not scores.numel():
         return scores
     launch = settings("index_scores_prefill" if ragged else "index_scores_decode", index_q)
-    block_m = max(min(power_of_2(per_seq * groups, 16), launch.pop("MAX_M")), power_of_2(groups))
+    pairs = min(power_of_2(per_seq * groups), launch.pop("MAX_M"))
+    block_m = max(pairs, launch.pop("MIN_M"), power_of_2(groups))
     _block_scores_kernel[(cdiv(columns, launch["PAGES"]), cdiv(per_seq, block_m // groups), batch)](
         index_q,
         index_k_cache,

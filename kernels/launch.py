@@ -1,8 +1,10 @@
 """How each kernel is launched on each kind of device: the one place that knows architectures.
 
 A row holds tile sizes (upper case, as the kernel names them), num_warps and num_stages. A name
-with "/4" is for elements of four bytes, where tiles of the two-byte row would not fit. The table
-was measured on an H200 (recipes/kernels-h200.md); the AMD rows are compiled and fit, not timed.
+with "/4" is for elements of four bytes, where tiles of the two-byte row would not fit; one with
+"/invariant" for a batch-invariant engine, where the plain row takes other sums for other numbers
+of rows. The table was measured on an H200 (recipes/kernels-h200.md); the AMD rows are compiled and
+fit, not timed.
 """
 
 import contextlib
@@ -37,17 +39,25 @@ _EVERYWHERE: dict[str, Settings] = {
 
 _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "attention_decode": {
-        "SPLITS": 64, "CHUNK": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2,
+        "SPLITS": 64, "CHUNK": 128, "MIN_M": 16, "MAX_M": 16, "BLOCK_N": 128,
+        "num_warps": 4, "num_stages": 2,
     },
     "attention_verify": {
-        "SPLITS": 32, "CHUNK": 256, "MAX_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2,
+        "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 128, "BLOCK_N": 64,
+        "num_warps": 4, "num_stages": 2,
     },
     "attention_prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
+    "attention_sparse_decode": {
+        "SPLITS": 8, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2,
+    },
     "attention_sparse_prefill": {"SHARE": 0, "BLOCK_N": 64, "num_warps": 1, "num_stages": 2},
     "attention_sparse_union": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "index_scores_decode": {"MAX_M": 64, "PAGES": 1, "num_warps": 4, "num_stages": 2},
-    "index_scores_prefill": {"MAX_M": 128, "PAGES": 4, "num_warps": 4, "num_stages": 2},
+    "index_scores_decode": {
+        "MIN_M": 16, "MAX_M": 64, "PAGES": 1, "num_warps": 4, "num_stages": 2,
+    },
+    "index_scores_prefill": {
+        "MIN_M": 16, "MAX_M": 128, "PAGES": 4, "num_warps": 4, "num_stages": 2,
+    },
     "route_logits": {
         "SPLITS": 24, "BLOCK_T": 16, "BLOCK_E": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1,
     },
@@ -76,23 +86,63 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
         "BLOCK_T": 128, "EXTRA": 32, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4,
         "num_warps": 8, "num_stages": 4,
     },
-    "moe_down_many": {"BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 3},
+    "moe_down_many": {
+        "ROUNDED": 1, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 3,
+    },
+}  # fmt: skip
+
+# Attention: the wide instructions for any number of rows, chunks of the same keys dense and
+# selected. Routing: the same splits. MoE: products that no regime rounds.
+_SM_90_INVARIANT: dict[str, Settings] = {
+    **{
+        f"attention_{step}/invariant": {
+            "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,
+            "num_warps": 4, "num_stages": 2,
+        }
+        for step in ("decode", "verify")
+    },
+    "attention_sparse_decode/invariant": {
+        "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2,
+    },
+    "attention_sparse_prefill/invariant": {
+        "SHARE": 1, "BLOCK_N": 64, "num_warps": 1, "num_stages": 2,
+    },
+    "index_scores_decode/invariant": {
+        "MIN_M": 16, "MAX_M": 32, "PAGES": 1, "num_warps": 4, "num_stages": 2,
+    },
+    "index_scores_prefill/invariant": {
+        "MIN_M": 128, "MAX_M": 128, "PAGES": 4, "num_warps": 4, "num_stages": 2,
+    },
+    "route_logits_many/invariant": {
+        "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1,
+    },
+    "moe_down_many/invariant": {
+        "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 3,
+    },
 }  # fmt: skip
 
 # Four-byte elements: tests and small models, where being right is all that counts.
 _WIDE: dict[str, Settings] = {
     "attention_decode/4": {
-        "SPLITS": 64, "CHUNK": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
+        "SPLITS": 64, "CHUNK": 128, "MIN_M": 16, "MAX_M": 16, "BLOCK_N": 32,
+        "num_warps": 4, "num_stages": 1,
     },
     "attention_verify/4": {
-        "SPLITS": 32, "CHUNK": 256, "MAX_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
+        "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 64, "BLOCK_N": 32,
+        "num_warps": 4, "num_stages": 1,
     },
     "attention_prefill/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-    "attention_sparse_decode/4": {"PER_SPLIT": 2, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_decode/4": {
+        "SPLITS": 8, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
+    },
     "attention_sparse_prefill/4": {"SHARE": 0, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     "attention_sparse_union/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-    "index_scores_decode/4": {"MAX_M": 32, "PAGES": 2, "num_warps": 4, "num_stages": 1},
-    "index_scores_prefill/4": {"MAX_M": 32, "PAGES": 8, "num_warps": 4, "num_stages": 1},
+    "index_scores_decode/4": {
+        "MIN_M": 16, "MAX_M": 32, "PAGES": 2, "num_warps": 4, "num_stages": 1,
+    },
+    "index_scores_prefill/4": {
+        "MIN_M": 16, "MAX_M": 32, "PAGES": 8, "num_warps": 4, "num_stages": 1,
+    },
     "route_logits/4": {
         "SPLITS": 16, "BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1,
     },
@@ -112,17 +162,25 @@ _WIDE: dict[str, Settings] = {
 
 _AMD: dict[str, Settings] = _EVERYWHERE | {
     "attention_decode": {
-        "SPLITS": 64, "CHUNK": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1,
+        "SPLITS": 64, "CHUNK": 128, "MIN_M": 16, "MAX_M": 16, "BLOCK_N": 64,
+        "num_warps": 4, "num_stages": 1,
     },
     "attention_verify": {
-        "SPLITS": 32, "CHUNK": 256, "MAX_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1,
+        "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 64, "BLOCK_N": 64,
+        "num_warps": 4, "num_stages": 1,
     },
     "attention_prefill": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-    "attention_sparse_decode": {"PER_SPLIT": 2, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    "attention_sparse_decode": {
+        "SPLITS": 8, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1,
+    },
     "attention_sparse_prefill": {"SHARE": 0, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     "attention_sparse_union": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
-    "index_scores_decode": {"MAX_M": 64, "PAGES": 2, "num_warps": 4, "num_stages": 1},
-    "index_scores_prefill": {"MAX_M": 64, "PAGES": 8, "num_warps": 4, "num_stages": 1},
+    "index_scores_decode": {
+        "MIN_M": 16, "MAX_M": 64, "PAGES": 2, "num_warps": 4, "num_stages": 1,
+    },
+    "index_scores_prefill": {
+        "MIN_M": 16, "MAX_M": 64, "PAGES": 8, "num_warps": 4, "num_stages": 1,
+    },
     "route_logits": {
         "SPLITS": 16, "BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2,
     },
@@ -151,20 +209,25 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
         "BLOCK_T": 128, "EXTRA": 32, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4,
         "num_warps": 8, "num_stages": 2,
     },
-    "moe_down_many": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 2},
+    "moe_down_many": {
+        "ROUNDED": 1, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 2,
+    },
 }  # fmt: skip
 
 TABLE: dict[str, dict[str, Settings]] = {
-    "sm_90": _SM_90 | _WIDE,
+    "sm_90": _SM_90 | _SM_90_INVARIANT | _WIDE,
     "gfx942": _AMD | _WIDE,
     "gfx950": _AMD | _WIDE,
 }
 
 # Where a kernel may start before the one ahead of it has ended (programmatic dependent launch).
 _CAN_OVERLAP = ("sm_90",)
+# Where the rows for a batch-invariant engine are, and enough (tests/gpu/test_invariant.py).
+_CAN_BE_INVARIANT = ("sm_90",)
 
 _forced: str | None = None
 _overlap = False
+_invariant = False
 _changed: dict[str, Settings] = {}
 
 
@@ -176,8 +239,8 @@ def settings(name: str, x: Tensor) -> Settings:
     """
     arch = _arch_of(x)
     table = TABLE[arch]
-    wide = table.get(f"{name}/4") if x.element_size() == 4 else None
-    found = dict(table[name] if wide is None else wide) | _changed.get(name, {})
+    special = f"{name}/4" if x.element_size() == 4 else f"{name}/invariant" if _invariant else name
+    found = dict(table.get(special, table[name])) | _changed.get(name, {})
     found["OVERLAP"] = overlaps(x)
     if found["OVERLAP"]:
         found["launch_pdl"] = True
@@ -198,6 +261,49 @@ def overlapping(on: bool) -> Iterator[None]:
         yield
     finally:
         _overlap = before
+
+
+def can_be_invariant(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `invariant` makes rows of ``dtype`` there independent of their number."""
+    known = device.type == "cuda" and _arch(device) in _CAN_BE_INVARIANT
+    return known and dtype in (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def invariant(on: bool) -> Iterator[None]:
+    """Give a row the same bits however many rows are beside it: in the kernels here by their
+    launch settings, in torch's products by keeping each sum in one piece. Off inside on: not."""
+    global _invariant
+    before, _invariant = _invariant, on
+    try:
+        if on == before or not torch.cuda.is_available():
+            yield
+        else:
+            with _whole_sums(on):
+                yield
+    finally:
+        _invariant = before
+
+
+@contextlib.contextmanager
+def _whole_sums(on: bool) -> Iterator[None]:
+    """Whether cuBLAS may not split a product's sum over programs, as for few rows and wide sums."""
+    cuda = torch.backends.cuda
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = {n: (getattr(cuda.matmul, n), getattr(cuda.matmul, f"{n}_split_k")) for n in names}
+    library = cuda.preferred_blas_library()
+
+    def tell(values: dict[str, tuple[bool, bool]]) -> None:
+        for name, value in values.items():
+            setattr(cuda.matmul, name, value)
+
+    try:
+        cuda.preferred_blas_library("cublaslt")  # the one that can be told
+        tell(dict.fromkeys(names, (not on, not on)))
+        yield
+    finally:
+        tell(before)
+        cuda.preferred_blas_library(library)
 
 
 @contextlib.contextmanager

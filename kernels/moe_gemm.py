@@ -465,7 +465,7 @@ def moe_gemm(
     all_pairs = pairs + rows if fused else pairs
     activated = torch.empty(all_pairs, width, dtype=x.dtype, device=device)
     # Many rows write and read their products as bytes that count; few do not.
-    wide = torch.float32 if regime != "many" else x.dtype
+    wide = x.dtype if down.pop("ROUNDED", 0) else torch.float32
     product = torch.empty(all_pairs, hidden, dtype=wide, device=device)
     if rows > 1:
         _sort_kernel[(experts + 1,)](

@@ -52,9 +52,11 @@ def check(
     dtype: torch.dtype,
     *flags: str,
     device: str = "cpu",
+    models: Models | None = None,
 ) -> tuple[int, list[dict]]:
-    """The command on such a pair: its exit code, and its rows."""
-    monkeypatch.setattr(lossless, "load_models", lambda config, progress: pair(dtype, device))
+    """The command on such a pair, or on ``models``: its exit code, and its rows."""
+    made = models or pair(dtype, device)
+    monkeypatch.setattr(lossless, "load_models", lambda config, progress: made)
     code = cli.main(["lossless", *FLAGS, f"--device={device}", *flags, f"--out={out}"])
     assert (out / "lossless.md").read_text().startswith("| K | ")
     return code, json.loads((out / "lossless.json").read_text())["rows"]

@@ -44,7 +44,9 @@ def test_replayed_kernels_have_their_steps_and_groups(tmp_path: Path):
             ]
             ms = {r["name"]: r["ms"] for r in rows}
             assert {"linear", "MoE", "norms", "dense attention", "other"} <= ms.keys()
-            assert all(r["launches"] == round(r["launches"]) for r in rows), "steps are alike"
+            # Now and then a step has a new block's number to note, which is among the others.
+            odd = [r for r in rows if r["launches"] != round(r["launches"])]
+            assert [r["name"] for r in odd] in ([], ["other"]), odd
 
 
 def test_long_contexts_select_and_prefill_grows(tmp_path: Path):
