@@ -269,6 +269,11 @@ def can_be_invariant(device: torch.device, dtype: torch.dtype) -> bool:
     return known and dtype in (torch.bfloat16, torch.float16)
 
 
+def is_invariant() -> bool:
+    """Whether `invariant` is on."""
+    return _invariant
+
+
 @contextlib.contextmanager
 def invariant(on: bool) -> Iterator[None]:
     """Give a row the same bits however many rows are beside it: in the kernels here by their

@@ -73,7 +73,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--only", default="", metavar="TEXT", help="kernels whose name holds TEXT")
     group.add_argument("--bandwidth-gb-s", type=float, help="of the memory, for the bytes floor")
-    group.add_argument("--tflops", type=float, help="of a large product, for the prefill's floor")
+    group.add_argument("--tflops", type=float, help="of a large product, for floors")
     group.add_argument(
         "--out", type=Path, metavar="DIR", help="PART.json and PART.md go here, row by row"
     )

@@ -206,10 +206,8 @@ def _measure(
         experts=experts,
         floor_ms=floor_ms,
         kv_ms=kv_ms,
-        share_of_floor=share(floor_ms, step_ms),
-        share_with_kv=None
-        if floor_ms is None or kv_ms is None
-        else share(floor_ms + kv_ms, step_ms),
+        share_of_floor=share(step_ms, floor_ms),
+        share_with_kv=share(step_ms, floor_ms, kv_ms),
         dense_ms=found.group_ms("dense attention"),
         scan_ms=found.group_ms("index scan"),
         sparse_ms=found.group_ms("sparse attention"),

@@ -1,10 +1,12 @@
-"""The least that a step must do: bytes of a decode step, floating-point operations of a prefill.
+"""The least that a step must do: bytes of a decode step, and where those are fewer than its
+arithmetic, that; floating-point operations of a prefill.
 
 Weights are read once, of the experts those that were really hit; of the draft's layer and head
 once a pass. KV bytes are counted apart from the weights, each key once a sequence: the rows of one
 sequence are taken to select the same blocks, so that what they select apart comes on top.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from eaglerun.budget import KVBudget, draft_components, target_components
@@ -79,6 +81,45 @@ def step_bytes(
         seen = context if draft.sliding_window is None else min(context, draft.sliding_window)
         dense_attention += num_draft_tokens * num_sequences * seen * kv.draft_bytes
     return StepBytes(linear, moe, dense_attention, index_scan, sparse_attention)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A part of the weights that rows go through: its bytes, and the operations on them."""
+
+    num_bytes: float
+    num_flops: float
+
+
+def step_products(
+    target: TargetSpec,
+    draft: DraftSpec | None,
+    dtype: str,
+    num_draft_tokens: int,
+    num_sequences: int,
+) -> tuple[Product, ...]:
+    """What all rows of a decode step go through, part by part: no routed experts, of which a row
+    sees few. The draft's fc takes every verified row, its layer and head a row a sequence."""
+    rows = num_sequences * (num_draft_tokens + 1)
+    left_out = ("embedding", "norms", "routed experts")
+    found = [
+        Product(c.num_bytes, 2.0 * rows * c.num_parameters)
+        for c in target_components(target, dtype)
+        if c.name not in left_out
+    ]
+    if draft is not None and num_draft_tokens:
+        for c in draft_components(draft, dtype):
+            if c.name not in left_out:
+                times, each = (1, rows) if c.name == "fc" else (num_draft_tokens, num_sequences)
+                flops = 2.0 * times * each * c.num_parameters
+                found.append(Product(times * c.num_bytes, flops))
+    return tuple(found)
+
+
+def arithmetic_s(products: Iterable[Product], bandwidth: float, flops: float) -> float:
+    """Seconds that products take for their operations beyond those for their bytes, at so many
+    bytes and operations a second."""
+    return sum(max(0.0, p.num_flops / flops - p.num_bytes / bandwidth) for p in products)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ class Row:
     experts        distinct experts hit by a decode step, mean over the MoE layers
     context        keys that a sequence sees, mean over sequences and steps
     floor_ms       weight bytes of the step over the bandwidth;  kv_ms: its KV bytes over it
-    share_of_floor, share_with_kv  floor_ms, floor_ms + kv_ms over step_ms
+    arithmetic_ms  what products of many rows take beyond their bytes, at the peak of arithmetic
+    share_of_floor, share_with_kv, share_with_all  floor_ms, with kv_ms, with both over step_ms
     """
 
     concurrency: int
@@ -45,8 +46,10 @@ class Row:
     context: float
     floor_ms: float | None
     kv_ms: float | None
+    arithmetic_ms: float | None
     share_of_floor: float | None
     share_with_kv: float | None
+    share_with_all: float | None
 
 
 def measure(
@@ -81,6 +84,7 @@ def measure(
     experts, context = bench.experts(steps.median("experts")), steps.median("context")
     least = bench.step_bytes(num_draft_tokens, experts, len(prompts), context)
     floor_ms, kv_ms = bench.ms_of(least.weights), bench.ms_of(least.kv)
+    arithmetic_ms = bench.arithmetic_ms(num_draft_tokens, len(prompts))
     return Row(
         concurrency=len(prompts),
         num_draft_tokens=num_draft_tokens,
@@ -98,15 +102,17 @@ def measure(
         context=context,
         floor_ms=floor_ms,
         kv_ms=kv_ms,
-        share_of_floor=share(floor_ms, step_ms),
-        share_with_kv=None
-        if floor_ms is None or kv_ms is None
-        else share(floor_ms + kv_ms, step_ms),
+        arithmetic_ms=arithmetic_ms,
+        share_of_floor=share(step_ms, floor_ms),
+        share_with_kv=share(step_ms, floor_ms, kv_ms),
+        share_with_all=share(step_ms, floor_ms, kv_ms, arithmetic_ms),
     )
 
 
-def share(part: float | None, whole: float) -> float | None:
-    return None if part is None or not whole else part / whole
+def share(whole: float, *parts: float | None) -> float | None:
+    """The parts' sum over ``whole``; None where a part is not known."""
+    known = [part for part in parts if part is not None]
+    return sum(known) / whole if whole and len(known) == len(parts) else None
 
 
 def _gain(row: Row, rows: Sequence[Row]) -> str:
@@ -134,6 +140,8 @@ COLUMNS: Columns[Row] = {
     "share": lambda r, _: percent(r.share_of_floor),
     "KV ms": lambda r, _: number(r.kv_ms),
     "share with KV": lambda r, _: percent(r.share_with_kv),
+    "FLOP ms": lambda r, _: number(r.arithmetic_ms),
+    "with all": lambda r, _: percent(r.share_with_all),
 }
 
 

@@ -137,7 +137,7 @@ def _measure(bench: Workbench, engine: Engine, length: int) -> Row:
         tflop=total / 1e12,
         tflop_per_s=total / ttft_ms / 1e9,
         floor_ms=floor_ms,
-        share_of_floor=share(floor_ms, ttft_ms),
+        share_of_floor=share(ttft_ms, floor_ms),
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
     )
 

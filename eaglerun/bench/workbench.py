@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from eaglerun.bench.drive import random_prompts
-from eaglerun.bench.floor import StepBytes, step_bytes
+from eaglerun.bench.floor import StepBytes, arithmetic_s, step_bytes, step_products
 from eaglerun.bench.table import say
 from eaglerun.budget import KVBudget
 from eaglerun.config import Config
@@ -177,6 +177,17 @@ class Workbench:
         """How long so many bytes take at the bandwidth, if that is known."""
         bandwidth = self.options.bandwidth
         return None if bandwidth is None else num_bytes / bandwidth * 1e3
+
+    def arithmetic_ms(self, num_draft_tokens: int, num_sequences: int) -> float | None:
+        """What a decode step's products take beyond their bytes, if both peaks are known."""
+        bandwidth, flops = self.options.bandwidth, self.options.flops
+        if bandwidth is None or flops is None:
+            return None
+        draft = None if self.models.draft is None else self.models.draft.spec
+        products = step_products(
+            self.models.target.spec, draft, self.dtype, num_draft_tokens, num_sequences
+        )
+        return arithmetic_s(products, bandwidth, flops) * 1e3
 
     def experts(self, summed: float) -> float:
         """Mean over the MoE layers of a count summed over them."""

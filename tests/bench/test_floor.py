@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eaglerun.bench.floor import prefill_flops, step_bytes
+from eaglerun.bench.floor import Product, arithmetic_s, prefill_flops, step_bytes, step_products
 from eaglerun.budget import kv_budget
 from eaglerun.spec import DraftSpec, TargetSpec, read_checkpoint_config
 
@@ -42,6 +42,25 @@ def test_keys_are_read_whole_by_dense_layers_and_as_selected_by_sparse_ones():
     assert long.index_scan == 2 * 8192 * 5 * 128 * 2
     drafting = step_bytes(TARGET, DRAFT, KV, "bfloat16", 3, 4.0, 2, 8192)
     assert drafting.kv - long.kv == 3 * 2 * 8192 * MAIN
+
+
+def test_many_rows_cost_arithmetic_beyond_their_bytes():
+    """All of the target but its experts takes every row; the draft's layer one a sequence."""
+    found = step_products(TARGET, None, "bfloat16", 3, 64)
+    attention = 8 * 6144 * (8192 * 2 + 512 * 2) + 5 * 6144 * 640
+    mlp = 3 * 3 * 6144 * 12288 + 5 * 3 * 6144 * 3072
+    router = 5 * (128 * 6144 + 128)
+    weights = attention + mlp + router + 6144 * 200064
+    assert sum(p.num_flops for p in found) == pytest.approx(2 * 256 * weights)
+    both = step_products(TARGET, DRAFT, "bfloat16", 3, 64)
+    fc, rest = 3 * 6144 * 6144, sum(p.num_flops for p in both) - sum(p.num_flops for p in found)
+    layer = 2 * 6144 * (8192 + 1024) + 6144 * 8192 + 3 * 6144 * 18432 + 6144 * 200064
+    assert rest == pytest.approx(2 * 256 * fc + 3 * 2 * 64 * layer)
+    # Of a weight 2 * 256 / 790 TFLOP/s against 2 bytes / 4350 GB/s; the router's are 4 bytes.
+    exact = (weights - router) * (512 / 790e12 - 2 / 4.35e12)
+    assert arithmetic_s(found, 4.35e12, 790e12) == pytest.approx(exact)
+    assert arithmetic_s(step_products(TARGET, DRAFT, "bfloat16", 3, 16), 4.35e12, 790e12) == 0
+    assert arithmetic_s([Product(10, 4), Product(1, 8)], 1, 2) == pytest.approx(3)
 
 
 def test_a_prefill_by_hand():

@@ -57,13 +57,15 @@ def bench(tmp_path: Path, parts: str, *more: str) -> dict[str, list[dict]]:
 
 
 def test_latency_and_what_the_drafts_kv_costs(tmp_path: Path):
-    found = bench(tmp_path, "latency,fill", "--bandwidth-gb-s=1")
+    found = bench(tmp_path, "latency,fill", "--bandwidth-gb-s=1", "--tflops=0.001")
     rows = found["latency"]
     assert [(r["concurrency"], r["num_draft_tokens"]) for r in rows] == [
         (1, 0), (3, 0), (1, 3), (3, 3)
     ]  # fmt: skip
     for r in rows:
         assert r["step_ms"] > 0 and r["out_tok_s"] > 0 and r["floor_ms"] > 0 and r["kv_ms"] > 0
+        floor = r["floor_ms"] + r["kv_ms"] + r["arithmetic_ms"]
+        assert r["share_with_all"] == pytest.approx(floor / r["step_ms"])
         assert r["step_ms"] == pytest.approx(r["target_ms"] + r["draft_ms"] + r["host_ms"])
         assert (r["mean_acceptance_length"] > 1) == (r["num_draft_tokens"] > 0)
         assert 9 <= r["context"] <= 9 + 14 + 4

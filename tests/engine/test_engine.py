@@ -7,9 +7,11 @@ import torch
 from engine.schedules import EOS, VOCAB, ScriptedDraftLength, Wish, letters, pair, play
 from pairs import without_draft
 
+from eaglerun import loader
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError, RequestError
+from eaglerun.kernels import launch
 from eaglerun.llm import LLM
 from eaglerun.messages import Failed, Finished, FinishReason, Request, SamplingParams
 from eaglerun.models.attention import AttentionBatch
@@ -395,3 +397,37 @@ def test_lengths_that_do_not_fit_are_refused():
         make(max_model_len=300)
     with pytest.raises(ConfigError, match="max_model_len = 96: the KV memory holds 40 tokens"):
         make(num_kv_blocks=10)
+
+
+def test_a_batch_invariant_engine_is_refused_where_it_was_not_shown():
+    with pytest.raises(ConfigError) as refused:
+        make(batch_invariant=True)
+    assert str(refused.value) == (
+        "batch_invariant = True: float64 on cpu; allowed bfloat16 and float16 on a Hopper GPU"
+    )
+
+
+def test_a_batch_invariant_engine_wants_blocks_of_whole_tiles(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader, "can_be_invariant", lambda device, dtype: True)
+    with pytest.raises(ConfigError) as refused:
+        make(batch_invariant=True)
+    assert str(refused.value) == (
+        "batch_invariant = True: sparse blocks of 4 keys; allowed multiples of 64"
+    )
+
+
+def test_the_target_alone_is_batch_invariant(monkeypatch: pytest.MonkeyPatch):
+    """A draft's bits decide no token's; what they cost is spared."""
+    monkeypatch.setattr("eaglerun.engine.check_invariant", lambda *_: None)
+    engine = make(batch_invariant=True)
+    seen: dict[str, set[bool]] = {"target": set(), "draft": set()}
+    draft = engine.runner.draft
+    assert draft is not None
+    for name, model in (("target", engine.runner.target), ("draft", draft)):
+        for module in model.modules():
+            module.register_forward_pre_hook(
+                lambda *_, name=name: seen[name].add(launch.is_invariant())
+            )
+    answer(engine, GREEDY)
+    assert seen == {"target": {True}, "draft": {False}}
+    assert not launch.is_invariant()

@@ -53,11 +53,14 @@ def main(arch: str, dtype: str = "bfloat16") -> None:
 
     JITFunction.run = record
     # Overlapping is the same programs with two instructions more, where the device knows them.
-    with eaglerun.kernels.launch.for_arch(arch), eaglerun.kernels.launch.overlapping(True):
+    launch = eaglerun.kernels.launch
+    with launch.for_arch(arch), launch.overlapping(True):
         for op, arguments in calls(getattr(torch, dtype)):
             op.kernel(*arguments)
+            with launch.invariant(True):
+                op.kernel(*arguments)
             if op is attention_sparse_ragged:
-                with eaglerun.kernels.launch.changed("attention_sparse_prefill", SHARE=1):
+                with launch.changed("attention_sparse_prefill", SHARE=1):
                     op.kernel(*arguments)
     for kernel, args, kwargs in launches.values():
         found = compiled(kernel, TARGETS[arch], args, kwargs)
