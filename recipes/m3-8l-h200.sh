@@ -2,11 +2,12 @@
 # The numbers of m3-8l-h200.md: bash recipes/m3-8l-h200.sh DIR [PART ...], from the repository.
 #
 # Writes DIR/PART/*.json and *.md row by row, DIR/run.log with time stamps, DIR/tables.md at the end.
-# PARTs, in the order of their worth; without any all of them but apart:
+# PARTs, in the order of their worth; without any all but the last two:
 #   gqa      latency, fill, profile, contexts, prefill and throughput with the GQA draft, ~4 min
 #   mha      latency with the MHA draft, ~1 min
 #   fp8      decode steps at the longest context with KV and index keys in fp8, ~1 min
 #   kernels  every kernel alone, ~2 min
+#   invariant  latency and prefill with the GQA draft and --batch-invariant, ~1 min
 #   apart    latency and profile with the GQA draft and --no-overlap-kernels, beside gqa's, ~1 min
 # EAGLERUN is the command; on a small machine, PRESET is another preset, FLAGS are added to each
 # command and LONGEST is fp8's context.
@@ -58,8 +59,11 @@ for part in "${parts[@]}"; do
     apart)
       measure apart 120 latency,profile --config "$preset" --no-overlap-kernels "${peaks[@]}"
       ;;
+    invariant)
+      measure invariant 120 latency,prefill --config "$preset" --batch-invariant "${peaks[@]}"
+      ;;
     *)
-      echo "$part: allowed gqa, mha, fp8, kernels, apart"
+      echo "$part: allowed gqa, mha, fp8, kernels, invariant, apart"
       exit 2
       ;;
   esac

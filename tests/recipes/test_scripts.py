@@ -52,6 +52,9 @@ def test_parts_are_chosen_by_name(tmp_path: Path):
     flags = parse_flags(_parser(apart), apart)
     assert not config_of(flags)[0].scheduling.overlap_kernels
     assert kernels[:2] == ["bench", "kernels"]
+    for script in ("m3-8l-h200", "lossless-h200"):
+        (argv,) = commands(tmp_path, "invariant", script=script, flags="")
+        assert config_of(parse_flags(_parser(argv), argv))[0].scheduling.batch_invariant
 
 
 def test_the_lossless_script_compares_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
