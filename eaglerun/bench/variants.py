@@ -92,10 +92,18 @@ GROUPS_OF_CASES = (
         },
     ),
     Group(
-        ("linear qkv+index n=1", "linear o_proj n=1", "linear o_proj n=4", "linear head n=1"),
+        (
+            "linear qkv+index n=",
+            "linear o_proj n=",
+            "linear shared gate_up n=",
+            "linear draft fc n=1",
+            "linear head n=1",
+        ),
         linear_cases,
         {
             "table": {},
+            "dealt to 132": {"linear": {"PROGRAMS": 132}},
+            "dealt to 264": {"linear": {"PROGRAMS": 264}},
             "32 wide": {"linear": {"BLOCK_N": 32, "num_stages": 5}},
             "4 stages": {"linear": {"num_stages": 4}},
             "k 256, 3 stages": {"linear": {"BLOCK_K": 256, "num_stages": 3}},
@@ -187,6 +195,8 @@ def chains(only: str) -> int:
         "one after another": (False, {}),
         "overlapping": (True, {}),
         "shared as a layer": (True, {"moe_up_few": {"SHARED_TILE": 0}}),
+        "dealt to 132": (True, {"linear": {"PROGRAMS": 132}}),
+        "dealt to 264": (True, {"linear": {"PROGRAMS": 264}}),
     }
     wrong = 0
     for rows in (1, 4):
