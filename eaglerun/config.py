@@ -206,8 +206,8 @@ class SchedulingConfig(Checked):
     )
     batch_invariant: bool = option(
         False,
-        "on a Hopper GPU, in bfloat16 or float16: a token's bits do not depend on what runs beside "
-        "it, nor on K; slower steps",
+        "on a Hopper GPU, in bfloat16: a token's logits do not depend, to the bit, on the rows "
+        "computed beside it, nor on K; slightly slower",
         aliases=("enable-deterministic-inference",),
     )
 
@@ -368,6 +368,11 @@ class Config:
             raise ConfigError(
                 f"scripted = {spec.scripted!r} with draft_sampling = {spec.draft_sampling!r}: "
                 "scripted drafts come from no distribution; allowed greedy"
+            )
+        if sched.batch_invariant and spec.verification != "invariant":
+            raise ConfigError(
+                f"batch_invariant = True with verification = {spec.verification!r}: the draft's "
+                "numbers then decide what is accepted; allowed invariant"
             )
         rows = sched.max_num_seqs * (self.num_draft_tokens + 1)
         if sched.max_num_batched_tokens <= rows:

@@ -17,7 +17,7 @@ from eaglerun.budget import (
 )
 from eaglerun.config import Config
 from eaglerun.errors import CapacityError, ConfigError
-from eaglerun.kernels.launch import can_be_invariant
+from eaglerun.kernels.launch import TABLE, can_be_invariant, has_kernels
 from eaglerun.memory import CudaMemory, DeviceMemory, before_loading
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
@@ -79,6 +79,7 @@ def load_models(config: Config, progress: bool = False) -> Models:
     CapacityError where the GPU cannot hold them."""
     found = read_checkpoints(config)
     device = choose_device(config.model.device)
+    check_device(device)
     dtype = choose_dtype(config.model.dtype, found.target.dtype, device)
     taps = config.output.aux_layers if found.draft is None else found.draft.taps
     limit = config.model.max_model_len
@@ -119,14 +120,19 @@ def check_invariant(
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
-            f"batch_invariant = True: {name} on {where}; allowed bfloat16 and float16 on a Hopper "
-            "GPU"
+            f"batch_invariant = True: {name} on {where}; allowed bfloat16 on a Hopper GPU"
         )
-    if any(target.sparse_layers) and target.sparse_block_size % 64:
-        raise ConfigError(
-            f"batch_invariant = True: sparse blocks of {target.sparse_block_size} keys; allowed "
-            "multiples of 64"
-        )
+    block = target.sparse_block_size
+    ratio = target.num_attention_heads // target.num_key_value_heads
+    selected = target.sparse_topk_blocks * block
+    # What a layer's dense and selected attention agree for.
+    for what, found, allowed, fits in (
+        ("sparse_block_size", block, "64, 128, 256", block in (64, 128, 256)),
+        ("selected keys", selected, "at most 8192", selected <= 8192),
+        ("query heads of a KV head", ratio, "at most 64", ratio <= 64),
+    ):
+        if any(target.sparse_layers) and not fits:
+            raise ConfigError(f"batch_invariant = True: {what} {found}; allowed {allowed}")
 
 
 def refuse_what_cannot_fit(
@@ -194,6 +200,15 @@ def choose_device(wish: str) -> torch.device:
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wish)
+
+
+def check_device(device: torch.device) -> None:
+    """ConfigError on a GPU that the launch table does not know."""
+    if device.type == "cuda" and not has_kernels(device):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(
+            f"device = 'cuda': no kernels for {name}; allowed {', '.join(TABLE)}, cpu"
+        )
 
 
 def choose_dtype(wish: str, stored: str, device: torch.device) -> torch.dtype:

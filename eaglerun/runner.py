@@ -167,8 +167,7 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Run one step. Plans must come in the order they were made."""
-        options = self.options
-        with overlapping(options.overlap_kernels), invariant(options.batch_invariant):
+        with overlapping(self.options.overlap_kernels):
             return self._launch(plan)
 
     def _launch(self, plan: StepPlan) -> PendingStep:
@@ -196,9 +195,11 @@ class Runner:
         shape = (B, Q, bound)
         capture = B * Q <= MAX_CAPTURED_ROWS
         clock.start()
-        forward = self.graphs.run(
-            ("target", *shape), lambda: self._target_move(B, Q, bound), capture
-        )
+        # The target alone: a draft's bits decide no token.
+        with invariant(self.options.batch_invariant):
+            forward = self.graphs.run(
+                ("target", *shape), lambda: self._target_move(B, Q, bound), capture
+            )
         scored = self.graphs.run(
             ("accept", *shape, features), lambda: self._accept_move(forward, features), capture
         )
@@ -287,16 +288,7 @@ class Runner:
     def _draft_move(
         self, forward: _Forward, num_passes: int, max_seq_len: int, features: Features
     ) -> None:
-        """Fill the draft's KV with what was emitted, then draft from the newest token of each.
-
-        A draft's bits decide no token's, and need not be invariant.
-        """
-        with invariant(False):
-            self._fill_and_propose(forward, num_passes, max_seq_len, features)
-
-    def _fill_and_propose(
-        self, forward: _Forward, num_passes: int, max_seq_len: int, features: Features
-    ) -> None:
+        """Fill the draft's KV with what was emitted, then draft from the newest token of each."""
         assert self.draft is not None and self.draft_kv is not None
         state, buffers = self.state, self.buffers
         B, Q = forward.positions.shape
@@ -355,19 +347,19 @@ class Runner:
         clock.start()
         batch = self._prefill_batch(chunks)
         ids = host_tensor([t for c in chunks for t in c.token_ids], self.device)
-        hidden = self.target(ids, batch, self.target_kv, self.aux, None)
         ends = host_tensor([end - 1 for end in _running_sum(chunks)[1:]], self.device)
-        prompt = self._prompt_logprobs(chunks, hidden)
         final = [i for i, c in enumerate(chunks) if c.samples]
-        sampled, logprobs = self._sample_prefill(plan, final, hidden, ends)
+        with invariant(self.options.batch_invariant):
+            hidden = self.target(ids, batch, self.target_kv, self.aux, None)
+            prompt = self._prompt_logprobs(chunks, hidden)
+            sampled, logprobs = self._sample_prefill(plan, final, hidden, ends)
         clock.target_done()
         if self.options.keep_aux and self.aux is not None:
             for c, start in zip(chunks, _running_sum(chunks), strict=False):
                 rows = self.aux[:, start : start + len(c.token_ids)].clone()
                 aux.append(AuxRows(c.slot_id, c.start, rows))
         if self.draft is not None:
-            with invariant(False):
-                self._prefill_draft(plan, final, batch, ids, ends, sampled)
+            self._prefill_draft(plan, final, batch, ids, ends, sampled)
         clock.draft_done()
         return Prefilled(to_host(sampled), logprobs, prompt)
 

@@ -264,7 +264,7 @@ def attention_dense(
     Shapes  q [N, H, D], last dim contiguous; caches [num_blocks, block_size, G, D] contiguous;
             positions [N]; block_tables [B, max_blocks] int32, entries past a sequence
             arbitrary; seq_lens [B], at most max_seq_len; returns [N, H, D]. D <= 256,
-            H / G <= 128. N may be 0.
+            H / G <= 128, scale > 0. N may be 0.
     Dtypes  q bf16, fp16 or fp32; caches the same, bf16 or fp8 (e4m3fn, scale 1), both alike,
             cast to q.dtype as they are read (exactly, of fp8); scores, softmax and sums in fp32,
             the softmax weights rounded to q.dtype before they meet v, one cast to q.dtype.

@@ -299,8 +299,11 @@ def attention_sparse_ragged(
 
     Shapes  as attention_sparse; cu_seqlens_q [B + 1] int32 the running sum of q_lens; rows past
             the last are zero.
-    Dtypes, Error, Raises  as attention_sparse. Where rows share a program the order of a
-            selection is no matter; a row's bits do not depend on the rows beside it there either.
+    Dtypes, Raises  as attention_sparse.
+    Error   as attention_sparse; in a batch-invariant engine a row's bits are those of
+            attention_dense_ragged where the selection is every causal block. Where rows share a
+            program the order of a selection is no matter; a row's bits do not depend on the rows
+            beside it there either.
     """
     require(
         len(q_lens) + 1 == cu_seqlens_q.shape[0]
@@ -363,7 +366,7 @@ def _launch(
         _shared(q, k_cache, v_cache, out, block_ids, positions, block_tables, seq_lens,
                 cu_seqlens_q, per_seq, scale)  # fmt: skip
         return out
-    limit, least = launch.pop("SPLITS", 1), launch.pop("MIN_M", 16)
+    merged, least = launch.pop("MERGED", 1), launch.pop("MIN_M", 16)
     per_split = topk if ragged else max(launch.pop("CHUNK") // k_cache.shape[1], 1)
     splits = cdiv(topk, per_split)
     if splits > 1:
@@ -411,7 +414,8 @@ def _launch(
             D=dim,
             SPLITS=splits,
             CHUNK=0,
-            BLOCK_S=power_of_2(splits, power_of_2(limit)),
+            # At least as wide a sum as attention_dense's, where the two are to agree.
+            BLOCK_S=power_of_2(splits, merged),
             BLOCK_D=power_of_2(dim),
             **settings("attention_merge", q),
         )
@@ -437,6 +441,8 @@ def _shared(
     launch = settings("attention_sparse_union", q)
     # A power of two: rows are bits of a number, and places of a list.
     tokens = min(power_of_2(launch["BLOCK_M"] // (heads // groups) + 1) // 2, 16)
+    # _union_kernel compares each place with each.
+    tokens = max(1, min(tokens, 1024 // power_of_2(topk)))
     tiles, places = cdiv(longest, tokens), tokens * power_of_2(topk)
     union = torch.empty(batch * tiles * groups, places, dtype=torch.int32, device=q.device)
     takers = torch.empty_like(union)

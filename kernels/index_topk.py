@@ -187,7 +187,8 @@ def block_scores(
             returns [N, G, ceil(max_seq_len / block_size)]. Di <= 256, G <= 64.
     Dtypes  index_q bf16, fp16 or fp32; the cache the same, bf16 or fp8 (e4m3fn, scale 1), cast
             to index_q.dtype as it is read; products and sums in fp32, returned so.
-    Error   1e-5 of |q| |k|. A row's bits do not depend on other sequences.
+    Error   1e-5 of |q| |k|. A row's bits do not depend on other sequences, and in a
+            batch-invariant engine (launch.invariant) not on Q, nor in a chunk on the rows beside.
     Raises  ValueError when N is no multiple of B, and on another shape, stride or dtype.
     Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
     """

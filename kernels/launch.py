@@ -1,10 +1,10 @@
 """How each kernel is launched on each kind of device: the one place that knows architectures.
 
 A row holds tile sizes (upper case, as the kernel names them), num_warps and num_stages. A name
-with "/4" is for elements of four bytes, where tiles of the two-byte row would not fit; one with
-"/invariant" for a batch-invariant engine, where the plain row takes other sums for other numbers
-of rows. The table was measured on an H200 (recipes/kernels-h200.md); the AMD rows are compiled and
-fit, not timed.
+with "/4" is for elements of four bytes, where tiles of the two-byte row would not fit. One with
+"/invariant" holds what a batch-invariant engine takes otherwise, where the plain row would add in
+another order for another number of rows. The table was measured on an H200
+(recipes/kernels-h200.md); the AMD rows are compiled and fit, not timed.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     },
     "attention_prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "attention_sparse_decode": {
-        "SPLITS": 8, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2,
+        "MERGED": 1, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2,
     },
     "attention_sparse_prefill": {"SHARE": 0, "BLOCK_N": 64, "num_warps": 1, "num_stages": 2},
     "attention_sparse_union": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -91,34 +91,21 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     },
 }  # fmt: skip
 
-# Attention: the wide instructions for any number of rows, chunks of the same keys dense and
-# selected. Routing: the same splits. MoE: products that no regime rounds.
+# Attention: the tensor cores' 64-row instructions for any number of rows, chunks of the same keys
+# dense and selected. Routing: the same splits. MoE: products that no regime rounds.
 _SM_90_INVARIANT: dict[str, Settings] = {
-    **{
-        f"attention_{step}/invariant": {
-            "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,
-            "num_warps": 4, "num_stages": 2,
-        }
-        for step in ("decode", "verify")
+    "attention_decode/invariant": {
+        "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,
     },
-    "attention_sparse_decode/invariant": {
-        "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2,
-    },
-    "attention_sparse_prefill/invariant": {
-        "SHARE": 1, "BLOCK_N": 64, "num_warps": 1, "num_stages": 2,
-    },
-    "index_scores_decode/invariant": {
-        "MIN_M": 16, "MAX_M": 32, "PAGES": 1, "num_warps": 4, "num_stages": 2,
-    },
-    "index_scores_prefill/invariant": {
-        "MIN_M": 128, "MAX_M": 128, "PAGES": 4, "num_warps": 4, "num_stages": 2,
-    },
+    "attention_verify/invariant": {"MIN_M": 64, "MAX_M": 64},
+    "attention_sparse_decode/invariant": {"MERGED": 32, "MIN_M": 64, "BLOCK_N": 64},
+    "attention_sparse_prefill/invariant": {"SHARE": 1},
+    "index_scores_decode/invariant": {"MAX_M": 32},
+    "index_scores_prefill/invariant": {"MIN_M": 128},
     "route_logits_many/invariant": {
-        "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1,
+        "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_stages": 1,
     },
-    "moe_down_many/invariant": {
-        "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 3,
-    },
+    "moe_down_many/invariant": {"ROUNDED": 0},
 }  # fmt: skip
 
 # Four-byte elements: tests and small models, where being right is all that counts.
@@ -133,7 +120,7 @@ _WIDE: dict[str, Settings] = {
     },
     "attention_prefill/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     "attention_sparse_decode/4": {
-        "SPLITS": 8, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
+        "MERGED": 1, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1,
     },
     "attention_sparse_prefill/4": {"SHARE": 0, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     "attention_sparse_union/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
@@ -171,7 +158,7 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
     },
     "attention_prefill": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     "attention_sparse_decode": {
-        "SPLITS": 8, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1,
+        "MERGED": 1, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1,
     },
     "attention_sparse_prefill": {"SHARE": 0, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     "attention_sparse_union": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
@@ -239,8 +226,12 @@ def settings(name: str, x: Tensor) -> Settings:
     """
     arch = _arch_of(x)
     table = TABLE[arch]
-    special = f"{name}/4" if x.element_size() == 4 else f"{name}/invariant" if _invariant else name
-    found = dict(table.get(special, table[name])) | _changed.get(name, {})
+    found = dict(table[name])
+    if x.element_size() == 4:
+        found = dict(table.get(f"{name}/4", found))
+    elif _invariant:
+        found |= table.get(f"{name}/invariant", {})
+    found |= _changed.get(name, {})
     found["OVERLAP"] = overlaps(x)
     if found["OVERLAP"]:
         found["launch_pdl"] = True
@@ -263,51 +254,48 @@ def overlapping(on: bool) -> Iterator[None]:
         _overlap = before
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the table knows the device."""
+    return device.type == "cuda" and _name_of(device) in TABLE
+
+
 def can_be_invariant(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `invariant` makes rows of ``dtype`` there independent of their number."""
-    known = device.type == "cuda" and _arch(device) in _CAN_BE_INVARIANT
-    return known and dtype in (torch.bfloat16, torch.float16)
-
-
-def is_invariant() -> bool:
-    """Whether `invariant` is on."""
-    return _invariant
+    known = device.type == "cuda" and _name_of(device) in _CAN_BE_INVARIANT
+    return known and dtype == torch.bfloat16
 
 
 @contextlib.contextmanager
 def invariant(on: bool) -> Iterator[None]:
-    """Give a row the same bits however many rows are beside it: in the kernels here by their
-    launch settings, in torch's products by keeping each sum in one piece. Off inside on: not."""
+    """Where on: give a row the same bits however many rows are beside it; in the kernels here by
+    their launch settings, in torch's products by keeping each sum in one piece."""
     global _invariant
-    before, _invariant = _invariant, on
+    if not on:
+        yield
+        return
+    before, _invariant = _invariant, True
     try:
-        if on == before or not torch.cuda.is_available():
+        with _whole_sums() if torch.cuda.is_available() else contextlib.nullcontext():
             yield
-        else:
-            with _whole_sums(on):
-                yield
     finally:
         _invariant = before
 
 
 @contextlib.contextmanager
-def _whole_sums(on: bool) -> Iterator[None]:
-    """Whether cuBLAS may not split a product's sum over programs, as for few rows and wide sums."""
+def _whole_sums() -> Iterator[None]:
+    """Let cuBLAS split no product's sum over programs, as it does for few rows and wide sums."""
     cuda = torch.backends.cuda
     names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
     before = {n: (getattr(cuda.matmul, n), getattr(cuda.matmul, f"{n}_split_k")) for n in names}
     library = cuda.preferred_blas_library()
-
-    def tell(values: dict[str, tuple[bool, bool]]) -> None:
-        for name, value in values.items():
-            setattr(cuda.matmul, name, value)
-
     try:
         cuda.preferred_blas_library("cublaslt")  # the one that can be told
-        tell(dict.fromkeys(names, (not on, not on)))
+        for name in names:
+            setattr(cuda.matmul, name, (False, False))
         yield
     finally:
-        tell(before)
+        for name, value in before.items():
+            setattr(cuda.matmul, name, value)
         cuda.preferred_blas_library(library)
 
 
@@ -356,10 +344,16 @@ def _arch_of(x: Tensor) -> str:
 def _arch(device: torch.device) -> str:
     if device.type != "cuda":
         raise ValueError(f"no kernels for {device}: a CPU tensor takes the reference")
-    found = torch.cuda.get_device_properties(device)
-    arch = f"sm_{found.major}{found.minor}"
-    if torch.version.hip:
-        arch = found.gcnArchName.split(":")[0]
+    arch = _name_of(device)
     if arch not in TABLE:
-        raise ValueError(f"no launch settings for {arch} ({found.name}); have {', '.join(TABLE)}")
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"no launch settings for {arch} ({name}); have {', '.join(TABLE)}")
     return arch
+
+
+@functools.cache
+def _name_of(device: torch.device) -> str:
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(found.gcnArchName.split(":")[0])
+    return f"sm_{found.major}{found.minor}"

@@ -3,7 +3,7 @@
 
 It reads every weight once, and that is all it costs. The library's kernels reach the memory limit
 for the largest matrices alone; this one does for those of a layer too, and gives a row the same
-bits whatever the number of rows.
+bits whatever the number of rows, up to 64.
 """
 
 import torch
@@ -50,7 +50,7 @@ def _linear_kernel(
 ):
     """Transposed, weights [BLOCK_N, k] times rows [k, BLOCK_T], as in moe_gemm.
 
-    NARROW: a program's columns are ``step`` fewer than a tile has; it reads no others.
+    NARROW: ``step``, a program's columns, are fewer than a tile's; it reads no others.
     """
     begin(OVERLAP)
     o = tl.program_id(0) * step + tl.arange(0, BLOCK_N)
@@ -93,7 +93,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             returns [N, O] contiguous. N may be 0.
     Dtypes  x, weight, bias alike: bf16, fp16 or fp32; sums in fp32.
     Error   1 ulp of x.dtype at the row's largest value: fp32 sums in another order. Up to 64
-            rows a row's bits do not depend on the number of rows.
+            rows a row's bits do not depend on the number of rows; in a batch-invariant engine
+            (launch.invariant), in bf16 and at M3's widths, at any number.
     Raises  ValueError on another shape, stride or dtype.
     """
     require(

@@ -398,7 +398,8 @@ def moe_gemm(
 
     a[n, j] = round(swiglu_oai(w13[ids[n, j]] x[n])), the product unrounded
     y[n] = s[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once (where there are many
-    rows an expert, each product is rounded to x.dtype before the sum); s[n] is the dense layer
+    rows an expert, each product is rounded to x.dtype before the sum, but not in a batch-invariant
+    engine); s[n] is the dense layer
     round(shared_down round(swiglu_oai(round(shared_up x[n])))). ids of -1 add nothing. No weight
     of an expert that is in no id is read; without a shared expert x[n] is not used where all ids
     are -1.
@@ -411,7 +412,7 @@ def moe_gemm(
     Error   2 ulp of x.dtype at the row's largest value: fp32 sums in another order. Up to 8 pairs
             an expert (N topk <= 8 E, the launch table's "few" and "several"), with a shared
             expert up to 64 rows, a row's bits depend neither on the number of rows nor on who
-            else visits its experts.
+            else visits its experts; in a batch-invariant engine (launch.invariant) at any number.
     Raises  ValueError on another shape, stride or dtype.
     Source  MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock (transformers 5.23,
             models/minimax_m3_vl).

@@ -1,5 +1,5 @@
-"""The least that a step must do: bytes of a decode step, and where those are fewer than its
-arithmetic, that; floating-point operations of a prefill.
+"""The least that a step must do: bytes of a decode step, and what its arithmetic takes beyond the
+time to read them; floating-point operations of a prefill.
 
 Weights are read once, of the experts those that were really hit; of the draft's layer and head
 once a pass. KV bytes are counted apart from the weights, each key once a sequence: the rows of one

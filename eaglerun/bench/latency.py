@@ -29,7 +29,8 @@ class Row:
     context        keys that a sequence sees, mean over sequences and steps
     floor_ms       weight bytes of the step over the bandwidth;  kv_ms: its KV bytes over it
     arithmetic_ms  what products of many rows take beyond their bytes, at the peak of arithmetic
-    share_of_floor, share_with_kv, share_with_all  floor_ms, with kv_ms, with both over step_ms
+    share_of_floor, share_with_kv, share_with_all  floor_ms, floor_ms + kv_ms, and with
+                   arithmetic_ms too, over step_ms
     """
 
     concurrency: int
@@ -141,7 +142,7 @@ COLUMNS: Columns[Row] = {
     "KV ms": lambda r, _: number(r.kv_ms),
     "share with KV": lambda r, _: percent(r.share_with_kv),
     "FLOP ms": lambda r, _: number(r.arithmetic_ms),
-    "with all": lambda r, _: percent(r.share_with_all),
+    "share with both": lambda r, _: percent(r.share_with_all),
 }
 
 

@@ -1,11 +1,13 @@
 """What a user of the engine relies on, one behaviour a test, on a tiny random pair in float64."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from engine.schedules import EOS, VOCAB, ScriptedDraftLength, Wish, letters, pair, play
-from pairs import without_draft
+from pairs import CPU, target_spec, without_draft
 
 from eaglerun import loader
 from eaglerun.config import resolve
@@ -399,35 +401,74 @@ def test_lengths_that_do_not_fit_are_refused():
         make(num_kv_blocks=10)
 
 
-def test_a_batch_invariant_engine_is_refused_where_it_was_not_shown():
+def test_a_batch_invariant_engine_is_refused_where_it_was_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+):
     with pytest.raises(ConfigError) as refused:
         make(batch_invariant=True)
     assert str(refused.value) == (
-        "batch_invariant = True: float64 on cpu; allowed bfloat16 and float16 on a Hopper GPU"
+        "batch_invariant = True: float64 on cpu; allowed bfloat16 on a Hopper GPU"
     )
-
-
-def test_a_batch_invariant_engine_wants_blocks_of_whole_tiles(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="verification = 'rejection'.* allowed invariant"):
+        make(batch_invariant=True, verification="rejection")
     monkeypatch.setattr(loader, "can_be_invariant", lambda device, dtype: True)
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError, match="sparse_block_size 4; allowed 64, 128, 256"):
         make(batch_invariant=True)
-    assert str(refused.value) == (
-        "batch_invariant = True: sparse blocks of 4 keys; allowed multiples of 64"
-    )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"sparse_block_size": 192}, "sparse_block_size 192; allowed 64, 128, 256"),
+        ({"sparse_topk_blocks": 65}, "selected keys 8320; allowed at most 8192"),
+        ({"num_attention_heads": 260}, "query heads of a KV head 65; allowed at most 64"),
+        ({}, None),
+    ],
+)
+def test_what_dense_and_selected_attention_agree_for(
+    change: dict[str, int], words: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loader, "can_be_invariant", lambda device, dtype: True)
+    m3 = {"sparse_block_size": 128, "sparse_topk_blocks": 16, "num_attention_heads": 64}
+    spec = replace(target_spec(), num_key_value_heads=4, **(m3 | change))
+    config = resolve({"batch_invariant": True}, environ={})
+    if words is None:
+        loader.check_invariant(config, spec, CPU, torch.bfloat16)
+        return
+    with pytest.raises(ConfigError) as refused:
+        loader.check_invariant(config, spec, CPU, torch.bfloat16)
+    assert str(refused.value) == f"batch_invariant = True: {words}"
 
 
 def test_the_target_alone_is_batch_invariant(monkeypatch: pytest.MonkeyPatch):
-    """A draft's bits decide no token's; what they cost is spared."""
+    """A draft's bits decide no token; what they cost is spared."""
     monkeypatch.setattr("eaglerun.engine.check_invariant", lambda *_: None)
+    inside: list[bool] = []
+
+    @contextlib.contextmanager
+    def recording(on: bool) -> Iterator[None]:
+        inside.append(on)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr("eaglerun.runner.invariant", recording)
     engine = make(batch_invariant=True)
     seen: dict[str, set[bool]] = {"target": set(), "draft": set()}
     draft = engine.runner.draft
     assert draft is not None
     for name, model in (("target", engine.runner.target), ("draft", draft)):
         for module in model.modules():
-            module.register_forward_pre_hook(
-                lambda *_, name=name: seen[name].add(launch.is_invariant())
-            )
-    answer(engine, GREEDY)
+            module.register_forward_pre_hook(lambda *_, name=name: seen[name].add(inside == [True]))
+    assert answer(engine, GREEDY).token_ids == PLAIN
     assert seen == {"target": {True}, "draft": {False}}
-    assert not launch.is_invariant()
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_name_of", lambda device: "sm_80")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    loader.check_device(CPU)
+    with pytest.raises(ConfigError) as refused:
+        loader.check_device(torch.device("cuda"))
+    assert str(refused.value) == (
+        "device = 'cuda': no kernels for NVIDIA A100; allowed sm_90, gfx942, gfx950, cpu"
+    )

@@ -5,6 +5,7 @@ import torch
 from compare import close, compare
 from paged import paged
 
+from eaglerun.kernels import launch
 from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
 from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
 from eaglerun.kernels.index_topk import index_topk, index_topk_ragged
@@ -40,14 +41,20 @@ def all_blocks(positions, topk):
     return ids.int()[:, None].expand(-1, GROUPS, -1).contiguous()
 
 
-def test_settings_are_those_rows_only_there_and_for_two_bytes(device):
+def test_settings_are_those_rows_only_there_and_for_two_bytes(device, monkeypatch):
     narrow, wide = torch.empty(1, dtype=BF16, device=device), torch.empty(1, device=device)
     assert settings("attention_decode", narrow)["MIN_M"] == 64
     assert settings("attention_decode", wide)["MIN_M"] == 16
     assert settings("linear", narrow)["BLOCK_N"] == 64
-    with invariant(False):
-        assert settings("attention_decode", narrow)["MIN_M"] == 16
+    with invariant(True):
+        pass
     assert settings("attention_decode", narrow)["MIN_M"] == 64
+    monkeypatch.setattr(launch, "_invariant", False)
+    assert settings("attention_decode", narrow)["MIN_M"] == 16
+    with pytest.raises(ZeroDivisionError), invariant(True):
+        assert settings("attention_decode", narrow)["MIN_M"] == 64
+        raise ZeroDivisionError
+    assert settings("attention_decode", narrow)["MIN_M"] == 16
 
 
 @pytest.mark.parametrize("lengths", [(300, 77), (700, 1)])
