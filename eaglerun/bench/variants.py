@@ -26,6 +26,7 @@ from eaglerun.bench.kernels import (
     PAGE,
     WIDTH,
     Case,
+    decode_attention_cases,
     linear_cases,
     measure,
     moe_cases,
@@ -108,6 +109,40 @@ GROUPS_OF_CASES = (
             "4 stages": {"linear": {"num_stages": 4}},
             "k 256, 3 stages": {"linear": {"BLOCK_K": 256, "num_stages": 3}},
             "128 wide": {"linear": {"BLOCK_N": 128, "num_stages": 4}},
+        },
+    ),
+    Group(
+        ("moe_route n=",),
+        moe_cases,
+        {
+            "table": {},
+            "64 x 64, k 128": {
+                "route_logits_many": {
+                    "SPLITS": 24, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 128, "num_stages": 1,
+                },
+            },
+            "32 x 64, k 256": {
+                "route_logits_many": {
+                    "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_stages": 1,
+                },
+            },
+        },
+    ),
+    Group(
+        ("attention_dense b=1 q=", "attention_dense b=64 q=", "attention_dense b=8 q="),
+        decode_attention_cases,
+        {
+            "table": {},
+            "chunks of 512": {"attention_verify": {"CHUNK": 512}},
+            "64-row tiles": {
+                "attention_decode": {
+                    "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,
+                },
+                "attention_verify": {"MIN_M": 64, "MAX_M": 64},
+            },
+            "chunks of 256, tiles of 64 keys": {
+                "attention_decode": {"SPLITS": 32, "CHUNK": 256, "BLOCK_N": 64},
+            },
         },
     ),
     Group(
@@ -234,7 +269,7 @@ def main() -> int:
     bandwidth, rate = peaks()
     print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s", flush=True)
     wrong = chains(only)
-    for family in (moe_cases, linear_cases, prefill_cases):
+    for family in (moe_cases, linear_cases, decode_attention_cases, prefill_cases):
         wanted = [g for g in GROUPS_OF_CASES if g.family is family]
         if not any(only in name for g in wanted for name in g.cases):
             continue
