@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The two fused norms that build the draft's matrix inputs."""
+"""The fused norms that build the draft's matrix inputs, the embedding looked up by one of them."""
 
 import torch
 from torch import Tensor
@@ -12,29 +12,33 @@ from eaglerun.kernels.rmsnorm import MAX_ROW, rmsnorm
 
 
 @jit
-def _dual_rmsnorm_cat_kernel(
-    a_ptr,
-    b_ptr,
-    a_weight_ptr,
-    b_weight_ptr,
+def _embed_dual_rmsnorm_kernel(
+    ids_ptr,
+    table_ptr,
+    hidden_ptr,
+    embed_weight_ptr,
+    hidden_weight_ptr,
     y_ptr,
-    a_row,
-    b_row,
+    ids_step,
+    table_row,
+    hidden_row,
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """Program (n, 0) norms the embedding of row n's id, (n, 1) its hidden state."""
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     live = d < D
     if tl.program_id(1) == 0:
-        x = tl.load(a_ptr + row * a_row + d, mask=live, other=0.0).to(tl.float32)
-        w = tl.load(a_weight_ptr + d, mask=live, other=0.0).to(tl.float32)
+        x_ptr = table_ptr + tl.load(ids_ptr + row * ids_step) * table_row
+        x = tl.load(x_ptr + d, mask=live, other=0.0).to(tl.float32)
+        w = tl.load(embed_weight_ptr + d, mask=live, other=0.0).to(tl.float32)
     else:
-        x = tl.load(b_ptr + row * b_row + d, mask=live, other=0.0).to(tl.float32)
-        w = tl.load(b_weight_ptr + d, mask=live, other=0.0).to(tl.float32)
+        x = tl.load(hidden_ptr + row * hidden_row + d, mask=live, other=0.0).to(tl.float32)
+        w = tl.load(hidden_weight_ptr + d, mask=live, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * w
     tl.store(y_ptr + (row * 2 + tl.program_id(1)) * D + d, y, mask=live)
 
@@ -55,48 +59,59 @@ def group_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rmsnorm.kernel(x, weight, eps).flatten(1)
 
 
-@paired(reference.dual_rmsnorm_cat)
-def dual_rmsnorm_cat(
-    a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float
+@paired(reference.embed_dual_rmsnorm)
+def embed_dual_rmsnorm(
+    ids: Tensor,
+    table: Tensor,
+    hidden: Tensor,
+    embed_weight: Tensor,
+    hidden_weight: Tensor,
+    eps: float,
 ) -> Tensor:
-    """Two RMSNorms side by side: the draft's qkv input (embedding first, then hidden).
+    """The draft's qkv input: the embedding of each id and the hidden state beside it, normed.
 
-    y = [rmsnorm(a, a_weight) | rmsnorm(b, b_weight)], fp32 inside, cast once.
+    y[n] = [rmsnorm(table[ids[n]], embed_weight) | rmsnorm(hidden[n], hidden_weight)], fp32
+    inside, cast once.
 
-    Shapes  a, b [N, D], last dim contiguous; weights [D]; returns [N, 2 * D] contiguous. N may
-            be 0. D <= 32768.
-    Dtypes  a and b bf16, fp16 or fp32, alike; weights the same or fp32.
+    Shapes  ids [N], each a row of table; table [V, D], hidden [N, D], last dims contiguous;
+            weights [D]; returns [N, 2 * D] contiguous. N may be 0. D <= 32768.
+    Dtypes  ids int64; table and hidden bf16, fp16 or fp32, alike; weights the same or fp32.
     Error   as rmsnorm.
-    Raises  ValueError on another shape, stride or dtype.
+    Raises  ValueError on another shape, stride or dtype. An id outside table is not seen.
     """
-    rows, width = a.shape
+    rows, width = hidden.shape
     require(
-        a.shape == b.shape
-        and a_weight.shape == b_weight.shape == (width,)
+        ids.shape == (rows,)
+        and ids.dtype == torch.int64
+        and table.ndim == 2
+        and embed_weight.shape == hidden_weight.shape == table.shape[1:] == (width,)
         and 0 < width <= MAX_ROW
-        and a.stride(1) == b.stride(1) == 1
-        and a.dtype == b.dtype
-        and a.dtype in FLOATS
-        and {a_weight.dtype, b_weight.dtype} <= {a.dtype, torch.float32},
-        "dual_rmsnorm_cat",
-        a=a,
-        b=b,
-        a_weight=a_weight,
-        b_weight=b_weight,
+        and table.stride(1) == hidden.stride(1) == 1
+        and table.dtype == hidden.dtype
+        and hidden.dtype in FLOATS
+        and {embed_weight.dtype, hidden_weight.dtype} <= {hidden.dtype, torch.float32},
+        "embed_dual_rmsnorm",
+        ids=ids,
+        table=table,
+        hidden=hidden,
+        embed_weight=embed_weight,
+        hidden_weight=hidden_weight,
     )
-    y = torch.empty(rows, 2 * width, dtype=a.dtype, device=a.device)
+    y = torch.empty(rows, 2 * width, dtype=hidden.dtype, device=hidden.device)
     if rows:
-        _dual_rmsnorm_cat_kernel[(rows, 2)](
-            a,
-            b,
-            a_weight,
-            b_weight,
+        _embed_dual_rmsnorm_kernel[(rows, 2)](
+            ids,
+            table,
+            hidden,
+            embed_weight,
+            hidden_weight,
             y,
-            a.stride(0),
-            b.stride(0),
+            ids.stride(0),
+            table.stride(0),
+            hidden.stride(0),
             eps,
             D=width,
             BLOCK_D=power_of_2(width),
-            **settings("rmsnorm", a),
+            **settings("rmsnorm", hidden),
         )
     return y

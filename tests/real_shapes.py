@@ -15,7 +15,7 @@ from eaglerun.kernels.accept import accept, move_on, window
 from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
 from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
 from eaglerun.kernels.carry import store_carry
-from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
+from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.draft_inputs import (
     accepted_inputs,
     draft_inputs,
@@ -68,7 +68,7 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     x, weight = new(4, HIDDEN), new(HIDDEN)
     yield add_gemma_rmsnorm, (x, x, weight, 1e-6)
     yield group_rmsnorm, (new(3, 8, HIDDEN)[:, :4].transpose(0, 1), new(3, HIDDEN), 1e-6)
-    yield dual_rmsnorm_cat, (x, x, weight, weight, 1e-6)
+    yield embed_dual_rmsnorm, (ints(4), new(VOCAB, HIDDEN), x, weight, weight, 1e-6)
     yield swiglu_oai, (new(4, 2 * WIDTH), 1.702, 7.0, 1.0)
     yield swiglu, (new(4, 2 * DRAFT_WIDTH),)
     yield linear, (x, new(9856, HIDDEN))

@@ -24,7 +24,7 @@ from eaglerun.kernels import Op
 from eaglerun.kernels.accept import accept
 from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
 from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
-from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
+from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.draft_inputs import (
     accepted_inputs,
     draft_inputs,
@@ -210,8 +210,9 @@ def rowwise_cases() -> Iterator[Case]:
         w3, w = randn(3, HIDDEN), randn(HIDDEN)
         aux = [(randn(3, n, HIDDEN).transpose(0, 1), w3, 1e-6) for _ in range(8)]
         yield Case(f"group_rmsnorm n={n}", group_rmsnorm, aux, 6 * size)
-        both = [(randn(n, HIDDEN), randn(n, HIDDEN), w, w, 1e-6) for _ in range(8)]
-        yield Case(f"dual_rmsnorm_cat n={n}", dual_rmsnorm_cat, both, 4 * size)
+        table, ids = randn(4096, HIDDEN), torch.randint(4096, (8, n), device=DEVICE)
+        both = [(i, table, randn(n, HIDDEN), w, w, 1e-6) for i in ids]
+        yield Case(f"embed_dual_rmsnorm n={n}", embed_dual_rmsnorm, both, 4 * size)
         wide = [(randn(n, 2 * DRAFT_WIDTH),) for _ in range(8)]
         yield Case(f"swiglu n={n}", swiglu, wide, n * DRAFT_WIDTH * 6)
         count = set_count(n * VOCAB * 4)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eaglerun.kernels.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
+from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.kv_store import draft_kv_store
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.reference import wide
@@ -187,8 +187,9 @@ class Eagle3Llama(nn.Module):
 
     def _join(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
         layer = self.layer
-        return dual_rmsnorm_cat(
-            self.embed_tokens(token_ids),
+        return embed_dual_rmsnorm(
+            token_ids,
+            self.embed_tokens.weight,
             hidden,
             layer.input_layernorm.weight,
             layer.hidden_norm.weight,

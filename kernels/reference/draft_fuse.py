@@ -1,7 +1,8 @@
-"""The two fused norms that build the draft's matrix inputs."""
+"""The fused norms that build the draft's matrix inputs, the embedding looked up by one of them."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eaglerun.kernels.reference.rmsnorm import rmsnorm
 
@@ -22,17 +23,28 @@ def group_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rmsnorm(x, weight, eps).flatten(1).contiguous()
 
 
-def dual_rmsnorm_cat(
-    a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float
+def embed_dual_rmsnorm(
+    ids: Tensor,
+    table: Tensor,
+    hidden: Tensor,
+    embed_weight: Tensor,
+    hidden_weight: Tensor,
+    eps: float,
 ) -> Tensor:
-    """Two RMSNorms side by side: the draft's qkv input (embedding first, then hidden).
+    """The draft's qkv input: the embedding of each id and the hidden state beside it, normed.
 
-    y = [rmsnorm(a, a_weight) | rmsnorm(b, b_weight)]
+    y[n] = [rmsnorm(table[ids[n]], embed_weight) | rmsnorm(hidden[n], hidden_weight)]
 
-    Shapes  a, b [N, D], last dim contiguous; weights [D]; returns [N, 2 * D] contiguous.
+    Shapes  ids [N], each a row of table; table [V, D], hidden [N, D], last dims contiguous;
+            weights [D]; returns [N, 2 * D] contiguous.
     Dtypes  as rmsnorm; one cast at the end.
-    Raises  ValueError when a and b differ in shape or a weight is not [D].
+    Raises  ValueError when hidden is not [N, D] or a weight is not [D]; IndexError on an id that
+            table has not.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"dual_rmsnorm_cat: a {tuple(a.shape)}, b {tuple(b.shape)}")
-    return torch.cat((rmsnorm(a, a_weight, eps), rmsnorm(b, b_weight, eps)), dim=-1)
+    if hidden.shape != (*ids.shape, table.shape[1]):
+        raise ValueError(
+            f"embed_dual_rmsnorm: ids {tuple(ids.shape)}, table {tuple(table.shape)}, hidden "
+            f"{tuple(hidden.shape)}"
+        )
+    embeds = rmsnorm(F.embedding(ids, table), embed_weight, eps)
+    return torch.cat((embeds, rmsnorm(hidden, hidden_weight, eps)), dim=-1)

@@ -16,7 +16,7 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (
 )
 
 from eaglerun.kernels.reference import remember_last
-from eaglerun.kernels.reference.draft_fuse import dual_rmsnorm_cat, group_rmsnorm
+from eaglerun.kernels.reference.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.reference.rmsnorm import (
     add_gemma_rmsnorm,
     add_rmsnorm,
@@ -73,7 +73,10 @@ def test_fused_norms_are_norms_side_by_side():
     ours = group_rmsnorm(aux.transpose(0, 1), weight, 1e-6)
     assert ours.is_contiguous()
     close(ours, torch.cat(theirs, dim=1))
-    close(dual_rmsnorm_cat(aux[0], aux[1], *weight[:2], 1e-6), torch.cat(theirs[:2], dim=1))
+    ids = torch.tensor([2, 0, 4, 4, 1])
+    embeds = F.rms_norm(aux[0][ids], (16,), weight[0], 1e-6)
+    joined = embed_dual_rmsnorm(ids, aux[0], aux[1], *weight[:2], 1e-6)
+    close(joined, torch.cat((embeds, theirs[1]), dim=1))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +86,13 @@ def test_fused_norms_are_norms_side_by_side():
         lambda: gemma_rmsnorm(torch.ones(2, 4), torch.ones(1, 1, 4), 1e-6),
         lambda: add_rmsnorm(torch.ones(2, 4), torch.ones(1, 4), torch.ones(4), 1e-6),
         lambda: group_rmsnorm(torch.ones(2, 3, 4), torch.ones(2, 4), 1e-6),
-        lambda: dual_rmsnorm_cat(
-            torch.ones(2, 4), torch.ones(2, 5), torch.ones(4), torch.ones(4), 1
+        lambda: embed_dual_rmsnorm(
+            torch.zeros(2).long(),
+            torch.ones(3, 4),
+            torch.ones(2, 5),
+            torch.ones(4),
+            torch.ones(4),
+            1,
         ),
         lambda: rope(torch.ones(1, 1, 4), torch.zeros(1).long(), torch.ones(3, 6)),
         lambda: rope_table(4, 5, 1e4, CPU, torch.float32),
