@@ -195,11 +195,9 @@ class Runner:
         shape = (B, Q, bound)
         capture = B * Q <= MAX_CAPTURED_ROWS
         clock.start()
-        # The target alone: a draft's bits decide no token.
-        with invariant(self.options.batch_invariant):
-            forward = self.graphs.run(
-                ("target", *shape), lambda: self._target_move(B, Q, bound), capture
-            )
+        forward = self.graphs.run(
+            ("target", *shape), lambda: self._target_move(B, Q, bound), capture
+        )
         scored = self.graphs.run(
             ("accept", *shape, features), lambda: self._accept_move(forward, features), capture
         )
@@ -249,8 +247,10 @@ class Runner:
             uniform=True,
             q_lens=(Q,) * B,
         )
-        hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, buffers.num_experts)
-        logits = self.target.logits(hidden).view(B, Q, -1)
+        # The target alone, here and in prefill: a draft's bits decide no token.
+        with invariant(self.options.batch_invariant):
+            hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, buffers.num_experts)
+            logits = self.target.logits(hidden).view(B, Q, -1)
         drafts = state.draft_tokens[slots, : Q - 1]
         return _Forward(logits, drafts, kv_slots.view(-1), positions, length, table)
 

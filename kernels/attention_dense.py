@@ -277,7 +277,7 @@ def attention_dense(
             arXiv:2309.06180, section 4.3; the merge as Dao et al., flash-decoding (2023).
     """
     batch = block_tables.shape[0]
-    check("attention_dense", q, k_cache, v_cache, positions, block_tables, seq_lens)
+    check("attention_dense", q, k_cache, v_cache, positions, block_tables, seq_lens, scale)
     require(q.shape[0] % max(batch, 1) == 0, "attention_dense", q=q, block_tables=block_tables)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not q.numel():
@@ -366,7 +366,7 @@ def attention_dense_ragged(
             kernel as q_lens is for the host.
     Dtypes, Error, Raises  as attention_dense; a row's bits depend on its own keys alone.
     """
-    check("attention_dense_ragged", q, k_cache, v_cache, positions, block_tables, seq_lens)
+    check("attention_dense_ragged", q, k_cache, v_cache, positions, block_tables, seq_lens, scale)
     require(
         len(q_lens) + 1 == cu_seqlens_q.shape[0]
         and cu_seqlens_q.is_contiguous()
@@ -427,6 +427,7 @@ def check(
     positions: Tensor,
     block_tables: Tensor,
     seq_lens: Tensor,
+    scale: float,
 ) -> None:
     groups, dim = k_cache.shape[2:]
     require(
@@ -447,7 +448,8 @@ def check(
         and block_tables.dtype == torch.int32
         and block_tables.stride(1) == 1
         and seq_lens.shape == block_tables.shape[:1]
-        and seq_lens.is_contiguous(),
+        and seq_lens.is_contiguous()
+        and scale > 0,
         name,
         q=q,
         k_cache=k_cache,
@@ -455,6 +457,7 @@ def check(
         positions=positions,
         block_tables=block_tables,
         seq_lens=seq_lens,
+        scale=scale,
     )
 
 

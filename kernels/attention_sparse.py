@@ -341,7 +341,7 @@ def _launch(
     q_lens: tuple[int, ...],
     scale: float,
 ) -> Tensor:
-    check(name, q, k_cache, v_cache, positions, block_tables, seq_lens)
+    check(name, q, k_cache, v_cache, positions, block_tables, seq_lens, scale)
     groups, topk = k_cache.shape[2], block_ids.shape[-1]
     require(
         block_ids.shape == (q.shape[0], groups, topk)

@@ -64,7 +64,7 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "route_logits_many": {
         "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
     },
-    "linear": {"PROGRAMS": 0, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5},
+    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5},
     "moe_up_few": {
         "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
         "SHARED_TILE": 1, "num_warps": 4, "num_stages": 3,
@@ -174,7 +174,7 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
     "route_logits_many": {
         "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2,
     },
-    "linear": {"PROGRAMS": 0, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
     "moe_up_few": {
         "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
         "SHARED_TILE": 1, "num_warps": 4, "num_stages": 2,

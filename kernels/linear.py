@@ -38,23 +38,17 @@ def _linear_kernel(
     x_row,
     w_row,
     O,  # noqa: E741
-    step,
     K: tl.constexpr,
     BIAS: tl.constexpr,
-    NARROW: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Transposed, weights [BLOCK_N, k] times rows [k, BLOCK_T], as in moe_gemm.
-
-    NARROW: ``step``, a program's columns, are fewer than a tile's; it reads no others.
-    """
+    """Transposed, weights [BLOCK_N, k] times rows [k, BLOCK_T], as in moe_gemm."""
     begin(OVERLAP)
-    o = tl.program_id(0) * step + tl.arange(0, BLOCK_N)
-    own = o < tl.minimum((tl.program_id(0) + 1) * step, O)
+    o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
     # Columns past the end read the last one, and are not stored.
@@ -64,22 +58,19 @@ def _linear_kernel(
     y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            if NARROW:
-                w = tl.load(w_at, mask=own[:, None], other=0.0).to(DOT)
-            else:
-                w = tl.load(w_at).to(DOT)
+            w = tl.load(w_at).to(DOT)
             x = tl.load(x_at, mask=(t < rows)[None, :], other=0.0).to(DOT)
         else:
             inside = start + k < K
-            w = tl.load(w_at, mask=own[:, None] & inside[None, :], other=0.0).to(DOT)
+            w = tl.load(w_at, mask=inside[None, :], other=0.0).to(DOT)
             x = tl.load(x_at, mask=(t < rows)[None, :] & inside[:, None], other=0.0).to(DOT)
         y = tl.dot(w, x, y, input_precision="ieee")
         w_at += BLOCK_K
         x_at += BLOCK_K
     if BIAS:
-        y += tl.load(bias_ptr + o, mask=own, other=0.0).to(tl.float32)[:, None]
+        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
     at = t.to(tl.int64)[None, :] * O + o[:, None]
-    tl.store(y_ptr + at, y, mask=(t < rows)[None, :] & own[:, None])
+    tl.store(y_ptr + at, y, mask=(t < rows)[None, :] & (o < O)[:, None])
 
 
 @paired(reference.linear)
@@ -114,8 +105,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     launch = settings("linear", x)
-    step = columns_of_a_program(out, launch["BLOCK_N"], launch.pop("PROGRAMS"))
-    _linear_kernel[(cdiv(out, step),)](
+    _linear_kernel[(cdiv(out, launch["BLOCK_N"]),)](
         x,
         weight,
         weight if bias is None else bias,
@@ -124,19 +114,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x.stride(0),
         weight.stride(0),
         out,
-        step,
         K=width,
         BIAS=bias is not None,
-        NARROW=step < launch["BLOCK_N"],
         DOT=dot_dtype(x.dtype),
         BLOCK_T=power_of_2(rows, 16),
         **launch,
     )
     return y
-
-
-def columns_of_a_program(out: int, tile: int, programs: int) -> int:
-    """Columns a program takes, at most a tile: so many that the last of few rounds of ``programs``
-    is as full as the others. 0 programs, or more than 4 rounds: a tile."""
-    rounds = cdiv(out, tile * programs) if programs else 0
-    return cdiv(out, rounds * programs) if 0 < rounds <= 4 else tile

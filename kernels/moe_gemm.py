@@ -399,10 +399,9 @@ def moe_gemm(
     a[n, j] = round(swiglu_oai(w13[ids[n, j]] x[n])), the product unrounded
     y[n] = s[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once (where there are many
     rows an expert, each product is rounded to x.dtype before the sum, but not in a batch-invariant
-    engine); s[n] is the dense layer
-    round(shared_down round(swiglu_oai(round(shared_up x[n])))). ids of -1 add nothing. No weight
-    of an expert that is in no id is read; without a shared expert x[n] is not used where all ids
-    are -1.
+    engine); s[n] is the dense layer round(shared_down round(swiglu_oai(round(shared_up x[n])))).
+    ids of -1 add nothing. No weight of an expert that is in no id is read; without a shared expert
+    x[n] is not used where all ids are -1.
 
     Shapes  x [N, H], last dim contiguous; w13 [E, 2 I, H], gate rows then up rows; w2 [E, H, I];
             ids [N, topk] int32, weights [N, topk] fp32; shared_up [2 Is, H] and shared_down

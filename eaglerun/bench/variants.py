@@ -103,8 +103,6 @@ GROUPS_OF_CASES = (
         linear_cases,
         {
             "table": {},
-            "dealt to 132": {"linear": {"PROGRAMS": 132}},
-            "dealt to 264": {"linear": {"PROGRAMS": 264}},
             "32 wide": {"linear": {"BLOCK_N": 32, "num_stages": 5}},
             "4 stages": {"linear": {"num_stages": 4}},
             "k 256, 3 stages": {"linear": {"BLOCK_K": 256, "num_stages": 3}},
@@ -230,8 +228,6 @@ def chains(only: str) -> int:
         "one after another": (False, {}),
         "overlapping": (True, {}),
         "shared as a layer": (True, {"moe_up_few": {"SHARED_TILE": 0}}),
-        "dealt to 132": (True, {"linear": {"PROGRAMS": 132}}),
-        "dealt to 264": (True, {"linear": {"PROGRAMS": 264}}),
     }
     wrong = 0
     for rows in (1, 4):

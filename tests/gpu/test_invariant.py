@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu.test_kernels import ACTIVATION, experts, routing
 from lossless_check import check
 from pairs import draft_spec, target_spec, tiny_draft, tiny_target
 
@@ -85,13 +86,10 @@ def test_routed_rows():
 
 
 def test_rows_of_experts():
-    w13 = torch.stack([randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5) for _ in range(32)])
-    w2 = torch.stack([randn(HIDDEN, WIDTH, scale=WIDTH**-0.5) for _ in range(32)])
+    w13, w2 = experts(32)
+    x, (ids, weights) = randn(4096, HIDDEN), routing(4096, 32)
     shared = randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5), randn(HIDDEN, WIDTH, scale=WIDTH**-0.5)
-    x = randn(4096, HIDDEN)
-    ids = torch.rand(4096, 32, device="cuda").argsort(dim=1)[:, :4].int().contiguous()
-    weights = torch.rand(4096, 4, device="cuda")
-    rest = (1.702, 7.0, 1.0, *shared)
+    rest = (*ACTIVATION, *shared)
     with invariant(True):
         whole = moe_gemm.kernel(x, w13, w2, ids, weights, *rest)
         for n in (1, 4, 16, 17, 64, 65, 256, 300, 700, 1000):

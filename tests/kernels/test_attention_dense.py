@@ -102,3 +102,5 @@ def test_raises(device):
     ):
         with pytest.raises(ValueError, match="attention_dense"):
             attention_dense.kernel(rows, *caches, kv.uniform(1)[: len(rows)], *where, 0.2)
+    with pytest.raises(ValueError, match="scale -0.2"):
+        attention_dense.kernel(q[:2], *kv.caches, kv.uniform(1), *where, -0.2)

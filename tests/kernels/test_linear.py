@@ -2,9 +2,7 @@ import pytest
 import torch
 from compare import compare
 
-from eaglerun.kernels.language import interpreting
-from eaglerun.kernels.launch import changed
-from eaglerun.kernels.linear import columns_of_a_program, linear
+from eaglerun.kernels.linear import linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,25 +23,6 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
     whole = linear.kernel(x, weight)
     for n in (1, 17):
         assert torch.equal(linear.kernel(x[:n], weight), whole[:n])
-
-
-@pytest.mark.parametrize("out, width, programs", [(97, 128, 3), (200, 100, 4), (64, 128, 1)])
-def test_columns_dealt_out_evenly(out, width, programs, device):
-    x = torch.randn(5, width, device=device).bfloat16()
-    weight, bias = torch.randn(out, width, device=device), torch.randn(out, device=device)
-    args = (x, (weight * width**-0.5).bfloat16(), bias.bfloat16())
-    whole = linear.kernel(*args)
-    with changed("linear", PROGRAMS=programs):
-        narrow = compare(linear, *args, ulps=2, floor=1)
-    same = torch.equal if not interpreting() else torch.allclose  # numpy's products vary
-    assert same(narrow, whole)
-
-
-def test_how_many_columns_a_program_takes():
-    assert columns_of_a_program(9856, 64, 0) == 64
-    assert columns_of_a_program(9856, 64, 132) == 38  # 260 programs, two rounds
-    assert columns_of_a_program(6144, 64, 132) == 47  # 131 programs, one round
-    assert columns_of_a_program(200064, 64, 132) == 64  # rounds enough
 
 
 def test_raises(device):
