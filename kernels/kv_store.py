@@ -7,6 +7,7 @@ from torch import Tensor
 from eaglerun.kernels import paired
 from eaglerun.kernels.language import CACHES, FLOATS, begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
+from eaglerun.kernels.linear import linear, product_parts
 from eaglerun.kernels.reference import kv_store as reference
 
 
@@ -31,6 +32,15 @@ def _narrowed(x, y_ptr):
 
 
 @jit
+def _summed(x_ptr, at, mask, part, PARTS: tl.constexpr):
+    """x at ``at``, the sum of PARTS that lie ``part`` apart; fp32."""
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, PARTS):
+        x += tl.load(x_ptr + i * part + at, mask=mask, other=0.0)
+    return x
+
+
+@jit
 def _norm_rope_store(
     x_ptr,
     y_ptr,
@@ -39,6 +49,8 @@ def _norm_rope_store(
     heads,
     live,
     eps,
+    part,
+    PARTS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
@@ -52,13 +64,13 @@ def _norm_rope_store(
     j = tl.arange(0, BLOCK_HALF)
     turned = live[:, None] & (j < HALF)[None, :]
     at = heads[:, None] * D + j[None, :]
-    a = tl.load(x_ptr + at, mask=turned, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + at + HALF, mask=turned, other=0.0).to(tl.float32)
+    a = _summed(x_ptr, at, turned, part, PARTS)
+    b = _summed(x_ptr, at + HALF, turned, part, PARTS)
     if BLOCK_REST:
         r = tl.arange(0, BLOCK_REST)
         passed = live[:, None] & (r < D - 2 * HALF)[None, :]
         rest_at = heads[:, None] * D + 2 * HALF + r[None, :]
-        c = tl.load(x_ptr + rest_at, mask=passed, other=0.0).to(tl.float32)
+        c = _summed(x_ptr, rest_at, passed, part, PARTS)
     if NORM:
         squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
         if BLOCK_REST:
@@ -95,8 +107,10 @@ def _kv_store_kernel(
     v_cache_ptr,
     index_cache_ptr,
     qkv_row,
+    part,
     max_positions,
     eps,
+    PARTS: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -124,7 +138,7 @@ def _kv_store_kernel(
         heads = tile * BLOCK_H + tl.arange(0, BLOCK_H)
         _norm_rope_store(
             x, q_ptr + row * H * D, q_norm_ptr, cos_sin, heads, heads < H, eps,
-            D, HALF, NORM, BLOCK_HALF, BLOCK_REST,
+            part, PARTS, D, HALF, NORM, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
         slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -132,24 +146,24 @@ def _kv_store_kernel(
         written = groups < tl.where(slot >= 0, G, 0)
         _norm_rope_store(
             x + H * D, k_cache_ptr + slot * (G * D), k_norm_ptr, cos_sin, groups, written, eps,
-            D, HALF, NORM, BLOCK_HALF, BLOCK_REST,
+            part, PARTS, D, HALF, NORM, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
         d = tl.arange(0, BLOCK_D)
         at = groups[:, None] * D + d[None, :]
         live = written[:, None] & (d < D)[None, :]
-        v = tl.load(x + (H + G) * D + at, mask=live, other=0.0).to(tl.float32)
+        v = _summed(x + (H + G) * D, at, live, part, PARTS)
         tl.store(v_cache_ptr + slot * (G * D) + at, _narrowed(v, v_cache_ptr), mask=live)
         if INDEX:
             x += (H + 2 * G) * D
             _norm_rope_store(
                 x, index_q_ptr + row * (G * INDEX_D), index_q_norm_ptr, cos_sin,
-                groups, groups < G, eps, INDEX_D, HALF, NORM, BLOCK_HALF, INDEX_REST,
+                groups, groups < G, eps, part, PARTS, INDEX_D, HALF, NORM, BLOCK_HALF, INDEX_REST,
             )  # fmt: skip
             one = tl.arange(0, 1)
             _norm_rope_store(
                 x + G * INDEX_D, index_cache_ptr + slot * INDEX_D, index_k_norm_ptr, cos_sin,
                 one, one < tl.where(slot >= 0, 1, 0), eps,
-                INDEX_D, HALF, NORM, BLOCK_HALF, INDEX_REST,
+                part, PARTS, INDEX_D, HALF, NORM, BLOCK_HALF, INDEX_REST,
             )  # fmt: skip
 
 
@@ -246,6 +260,34 @@ def draft_kv_store(
     return _store("draft_kv_store", qkv, positions, kv_slots, (), table, 0.0, k_cache, v_cache)[0]
 
 
+@paired(reference.draft_kv_fill)
+def draft_kv_fill(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    kv_slots: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    """draft_kv_store of the rows x weight^T (+ bias), k and v alone.
+
+    Few columns have long sums here: several programs share one (linear.product_parts), and the
+    write adds them, unrounded.
+
+    Shapes  x [N, C], weight [2 G D, C], rows k, then v; bias [2 G D] or None; last dims
+            contiguous; all else as draft_kv_store.
+    Dtypes  x, weight, bias alike: bf16, fp16 or fp32; sums in fp32.
+    Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
+    Error   2 ulp of x.dtype at the row's largest value. A row's bits depend on the number of rows.
+    Raises  as linear and draft_kv_store.
+    """
+    parts = product_parts(x, weight, bias)
+    rows = linear.kernel(x, weight, bias) if parts is None else parts
+    _store("draft_kv_fill", rows, positions, kv_slots, (), table, 0.0, k_cache, v_cache)
+
+
 def _store(
     name: str,
     qkv: Tensor,
@@ -258,6 +300,10 @@ def _store(
     v_cache: Tensor,
     index_k_cache: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """qkv [N, columns], or [parts, N, columns] to be summed."""
+    parts = qkv.shape[0] if qkv.ndim == 3 else 1
+    part = qkv.stride(0) if qkv.ndim == 3 else 0
+    qkv = qkv[0] if qkv.ndim == 3 else qkv
     groups, dim = k_cache.shape[2:]
     index_dim = 0 if index_k_cache is None else index_k_cache.shape[2]
     index_columns = (groups + 1) * index_dim if index_dim else 0
@@ -311,8 +357,10 @@ def _store(
             v_cache,
             k_cache if index_k_cache is None else index_k_cache,
             qkv.stride(0),
+            part,
             table.shape[0],
             eps,
+            PARTS=parts,
             H=heads,
             G=groups,
             D=dim,

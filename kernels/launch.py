@@ -58,13 +58,22 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "index_scores_prefill": {
         "MIN_M": 16, "MAX_M": 128, "PAGES": 4, "num_warps": 4, "num_stages": 2,
     },
-    "route_logits": {
+    "route_logits_few": {
         "SPLITS": 24, "BLOCK_T": 16, "BLOCK_E": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1,
+    },
+    "route_logits_some": {
+        "SPLITS": 24, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1,
     },
     "route_logits_many": {
         "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
     },
-    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5},
+    "linear_narrow": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 6},
+    "linear_few": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    "linear_several": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
+    "linear_broad": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+    "linear_parts": {
+        "PROGRAMS": 128, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5,
+    },
     "moe_up_few": {
         "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
         "SHARED_TILE": 1, "num_warps": 4, "num_stages": 3,
@@ -93,6 +102,9 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
 
 # Attention: the tensor cores' 64-row instructions for any number of rows, chunks of the same keys
 # dense and selected. Routing: the same splits. MoE: products that no regime rounds.
+_ROUTE_INVARIANT: Settings = {
+    "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_stages": 1,
+}  # fmt: skip
 _SM_90_INVARIANT: dict[str, Settings] = {
     "attention_decode/invariant": {
         "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,
@@ -102,9 +114,8 @@ _SM_90_INVARIANT: dict[str, Settings] = {
     "attention_sparse_prefill/invariant": {"SHARE": 1},
     "index_scores_decode/invariant": {"MAX_M": 32},
     "index_scores_prefill/invariant": {"MIN_M": 128},
-    "route_logits_many/invariant": {
-        "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_stages": 1,
-    },
+    "route_logits_some/invariant": _ROUTE_INVARIANT,
+    "route_logits_many/invariant": _ROUTE_INVARIANT,
     "moe_down_many/invariant": {"ROUNDED": 0},
 }  # fmt: skip
 
@@ -130,8 +141,11 @@ _WIDE: dict[str, Settings] = {
     "index_scores_prefill/4": {
         "MIN_M": 16, "MAX_M": 32, "PAGES": 8, "num_warps": 4, "num_stages": 1,
     },
-    "route_logits/4": {
+    "route_logits_few/4": {
         "SPLITS": 16, "BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1,
+    },
+    "route_logits_some/4": {
+        "SPLITS": 4, "BLOCK_T": 32, "BLOCK_E": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1,
     },
     "route_logits_many/4": {
         "SPLITS": 4, "BLOCK_T": 32, "BLOCK_E": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1,
@@ -168,13 +182,22 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
     "index_scores_prefill": {
         "MIN_M": 16, "MAX_M": 64, "PAGES": 8, "num_warps": 4, "num_stages": 1,
     },
-    "route_logits": {
+    "route_logits_few": {
         "SPLITS": 16, "BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2,
+    },
+    "route_logits_some": {
+        "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2,
     },
     "route_logits_many": {
         "SPLITS": 4, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2,
     },
-    "linear": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+    **{
+        f"linear_{regime}": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
+        for regime in ("narrow", "few", "several", "broad")
+    },
+    "linear_parts": {
+        "PROGRAMS": 128, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2,
+    },
     "moe_up_few": {
         "BLOCK_T": 16, "EXTRA": 0, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 1,
         "SHARED_TILE": 1, "num_warps": 4, "num_stages": 2,
@@ -312,6 +335,9 @@ def changed(name: str, **values: int) -> Iterator[None]:
             _changed[name] = before
 
 
+# Which row of the table a kernel takes, where several are for it.
+
+
 def moe_regime(x: Tensor, pairs: int, experts: int) -> str:
     """few or several (what reads weights), some or many (what computes) rows an expert."""
     if pairs <= 2 * experts:
@@ -319,6 +345,22 @@ def moe_regime(x: Tensor, pairs: int, experts: int) -> str:
     if pairs <= 8 * experts:
         return "several"
     return "some" if pairs <= 96 * experts else "many"
+
+
+def linear_regime(rows: int, columns: int) -> str:
+    """narrow: one tile of 64 columns or none for each of an H200's 132 multiprocessors; otherwise
+    few or several rows, and broad: several of more columns than two tiles for each."""
+    if columns <= 132 * 64:
+        return "narrow"
+    if rows <= 32:
+        return "few"
+    return "several" if columns <= 2 * 132 * 64 else "broad"
+
+
+def route_regime(rows: int) -> str:
+    if rows <= 64:
+        return "few"
+    return "some" if rows <= 512 else "many"
 
 
 @contextlib.contextmanager

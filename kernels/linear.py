@@ -21,7 +21,7 @@ from eaglerun.kernels.language import (
     require,
     tl,
 )
-from eaglerun.kernels.launch import settings
+from eaglerun.kernels.launch import Settings, linear_regime, settings
 from eaglerun.kernels.reference import linear as reference
 
 # Above, the library's product.
@@ -39,6 +39,7 @@ def _linear_kernel(
     w_row,
     O,  # noqa: E741
     K: tl.constexpr,
+    SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -46,30 +47,36 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Transposed, weights [BLOCK_N, k] times rows [k, BLOCK_T], as in moe_gemm."""
+    """Transposed, weights [BLOCK_N, k] times rows [k, BLOCK_T], as in moe_gemm.
+
+    SPLITS: program_id(1) takes one of as many equal pieces of the sum.
+    """
     begin(OVERLAP)
+    split = tl.program_id(1)
+    PIECE: tl.constexpr = K // SPLITS
     o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
     # Columns past the end read the last one, and are not stored.
     w_rows = w_ptr + tl.minimum(o, O - 1).to(tl.int64) * w_row
-    w_at = w_rows[:, None] + k[None, :]
-    x_at = x_ptr + t[None, :] * x_row + k[:, None]
+    w_at = w_rows[:, None] + split * PIECE + k[None, :]
+    x_at = x_ptr + t[None, :] * x_row + split * PIECE + k[:, None]
     y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
+    for start in range(0, PIECE, BLOCK_K):
+        if PIECE % BLOCK_K == 0:
             w = tl.load(w_at).to(DOT)
             x = tl.load(x_at, mask=(t < rows)[None, :], other=0.0).to(DOT)
         else:
-            inside = start + k < K
+            inside = start + k < PIECE
             w = tl.load(w_at, mask=inside[None, :], other=0.0).to(DOT)
             x = tl.load(x_at, mask=(t < rows)[None, :] & inside[:, None], other=0.0).to(DOT)
         y = tl.dot(w, x, y, input_precision="ieee")
         w_at += BLOCK_K
         x_at += BLOCK_K
     if BIAS:
-        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
-    at = t.to(tl.int64)[None, :] * O + o[:, None]
+        added = o < tl.where(split == 0, O, 0)
+        y += tl.load(bias_ptr + o, mask=added, other=0.0).to(tl.float32)[:, None]
+    at = (split * rows + t).to(tl.int64)[None, :] * O + o[:, None]
     tl.store(y_ptr + at, y, mask=(t < rows)[None, :] & (o < O)[:, None])
 
 
@@ -100,12 +107,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight=weight,
         bias=bias,
     )
-    rows, (out, width) = x.shape[0], weight.shape
+    rows, out = x.shape[0], weight.shape[0]
     if rows > MAX_ROWS or x.dtype == torch.float32 or not rows:
         return F.linear(x, weight, bias)
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    launch = settings("linear", x)
-    _linear_kernel[(cdiv(out, launch["BLOCK_N"]),)](
+    _launch(x, weight, bias, y, 1, settings(f"linear_{linear_regime(rows, out)}", x))
+    return y
+
+
+def product_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The product as several, [parts, N, O] fp32, that add up to it: of few columns and long sums,
+    which by themselves would not fill the device. None of others, and where rows or dtype are not
+    for the kernel here."""
+    rows, (out, width) = x.shape[0], weight.shape
+    if rows > MAX_ROWS or x.dtype != torch.bfloat16 or not rows:
+        return None
+    launch = settings("linear_parts", x)
+    pieces, rest = divmod(width, launch["BLOCK_K"])
+    limit = launch.pop("PROGRAMS") // cdiv(out, launch["BLOCK_N"])
+    splits = 1 if rest else max(s for s in range(1, max(limit, 1) + 1) if pieces % s == 0)
+    if splits == 1:
+        return None
+    parts = torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
+    _launch(x, weight, bias, parts, splits, launch)
+    return parts
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, splits: int, launch: Settings
+) -> None:
+    rows, (out, width) = x.shape[0], weight.shape
+    _linear_kernel[(cdiv(out, launch["BLOCK_N"]), splits)](
         x,
         weight,
         weight if bias is None else bias,
@@ -115,9 +147,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight.stride(0),
         out,
         K=width,
+        SPLITS=splits,
         BIAS=bias is not None,
         DOT=dot_dtype(x.dtype),
         BLOCK_T=power_of_2(rows, 16),
         **launch,
     )
-    return y

@@ -142,6 +142,7 @@ def _up(
     x_ptr, w_ptr, a_ptr, pairs, more, num_pairs, shared, n_tile, x_row, alpha, limit, beta, topk,
     H: tl.constexpr, I: tl.constexpr, DOT: tl.constexpr, WIDER: tl.constexpr,  # noqa: E741
     BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The activated columns of a tile's pairs, and WIDER: of ``more`` by the same weights.
 
@@ -181,6 +182,8 @@ def _up(
         x_at += BLOCK_K
         gate_at += BLOCK_K
         up_at += BLOCK_K
+    # What is written here may lie where a kernel before still reads.
+    wait_before(OVERLAP)
     rounded: tl.constexpr = a_ptr.dtype.element_ty
     gate = tl.where(shared, gate.to(rounded).to(tl.float32), gate)
     up = tl.where(shared, up.to(rounded).to(tl.float32), up)
@@ -226,9 +229,12 @@ def _up_kernel(
     is the shared expert's, of all rows.
     """
     # No let_next: the programs of _down_kernel would take the places of these, unevenly.
-    wait_before(OVERLAP)
     tile, n_tile = _tile(max_tiles, n_tiles, GROUP)
     shared = tile == (max_tiles - 1 if SHARED else -1)
+    # The shared expert needs x alone, which the kernel just before (it chose or sorted the experts)
+    # has waited for.
+    if not shared:
+        wait_before(OVERLAP)
     chosen = (tile_expert_ptr if SORTED else ids_ptr) + tile
     expert = tl.load(chosen, mask=tile < tl.where(shared, 0, max_tiles), other=0)
     if expert < 0:
@@ -244,16 +250,19 @@ def _up_kernel(
             _up(
                 x_ptr, w_ptr, a_ptr, pairs, more, num_pairs, shared, n_tile, x_row,
                 alpha, limit, beta, topk, H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+                OVERLAP,
             )  # fmt: skip
         else:
             _up(
                 x_ptr, w_ptr, a_ptr, pairs, pairs, num_pairs, shared, n_tile, x_row,
                 alpha, limit, beta, topk, H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+                OVERLAP,
             )  # fmt: skip
     else:
         _up(
             x_ptr, w_ptr, a_ptr, pairs, pairs, num_pairs, shared, n_tile, x_row,
             alpha, limit, beta, topk, H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+            OVERLAP,
         )  # fmt: skip
 
 
@@ -412,6 +421,7 @@ def moe_gemm(
             an expert (N topk <= 8 E, the launch table's "few" and "several"), with a shared
             expert up to 64 rows, a row's bits depend neither on the number of rows nor on who
             else visits its experts; in a batch-invariant engine (launch.invariant) at any number.
+    Launch  overlapping (launch.overlapping), x must be older than the kernel that wrote ids.
     Raises  ValueError on another shape, stride or dtype.
     Source  MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock (transformers 5.23,
             models/minimax_m3_vl).

@@ -16,7 +16,7 @@ from eaglerun.kernels.language import (
     require,
     tl,
 )
-from eaglerun.kernels.launch import settings
+from eaglerun.kernels.launch import route_regime, settings
 from eaglerun.kernels.reference import moe_route as reference
 from eaglerun.kernels.vocab_argmax import index_of, ordered_key
 
@@ -196,7 +196,7 @@ def moe_route(
     weights = torch.empty(rows, topk + num_shared, dtype=torch.float32, device=x.device)
     if not rows:
         return ids, weights
-    launch = settings("route_logits" if rows <= 64 else "route_logits_many", x)
+    launch = settings(f"route_logits_{route_regime(rows)}", x)
     per_split = launch["BLOCK_K"] * cdiv(width, launch.pop("SPLITS") * launch["BLOCK_K"])
     splits = cdiv(width, per_split)
     part = torch.empty(rows, splits, experts, dtype=torch.float32, device=x.device)

@@ -24,7 +24,7 @@ from eaglerun.kernels.draft_inputs import (
     verify_inputs,
 )
 from eaglerun.kernels.index_topk import index_topk, index_topk_ragged
-from eaglerun.kernels.kv_store import draft_kv_store, kv_index_store, kv_store
+from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store, kv_index_store, kv_store
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
@@ -72,7 +72,6 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     yield swiglu_oai, (new(4, 2 * WIDTH), 1.702, 7.0, 1.0)
     yield swiglu, (new(4, 2 * DRAFT_WIDTH),)
     yield linear, (x, new(9856, HIDDEN))
-    yield linear, (new(4, 2 * HIDDEN), new(2 * GROUPS * DIM, 2 * HIDDEN))
     yield linear, (new(64, HIDDEN), new(VOCAB, HIDDEN))
     yield store_carry, (x, ints(4), new(32, HIDDEN), BLOCK)
     yield accept, (ints(4, 4), new(4, 3, dtype=torch.bool), ints(4))
@@ -102,7 +101,8 @@ def _stores(new: Any, ints: Any, cache: torch.dtype) -> Iterator[Call]:
     yield kv_index_store, (qkv, *rows, norm, norm, norm, norm, rope, 1e-6, k, k, index_k)
     rope = new(4096, DIM, dtype=torch.float32)
     yield draft_kv_store, (qkv[:, :main], *rows, rope, k, k)
-    yield draft_kv_store, (new(4, 2 * GROUPS * DIM), *rows, rope, k, k)
+    joined, columns = new(4, 2 * HIDDEN), 2 * GROUPS * DIM
+    yield draft_kv_fill, (joined, new(columns, 2 * HIDDEN), None, *rows, rope, k, k)
     if cache == qkv.dtype:
         k = new(8, BLOCK, HEADS, DIM)
         yield draft_kv_store, (new(4, 3 * HEADS * DIM), *rows, rope, k, k)

@@ -32,7 +32,7 @@ from eaglerun.kernels.draft_inputs import (
     verify_inputs,
 )
 from eaglerun.kernels.index_topk import block_scores, index_topk, index_topk_ragged, topk_blocks
-from eaglerun.kernels.kv_store import kv_index_store
+from eaglerun.kernels.kv_store import draft_kv_fill, kv_index_store
 from eaglerun.kernels.linear import MAX_ROWS, linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
@@ -447,13 +447,12 @@ def linear_cases() -> Iterator[Case]:
         ("shared down", HIDDEN, WIDTH),
         ("dense gate_up", 24576, HIDDEN),
         ("draft fc", HIDDEN, 3 * HIDDEN),
-        ("draft kv", 2 * GROUPS * DIM, 2 * HIDDEN),
         ("MHA draft kv", 2 * HEADS * DIM, 2 * HIDDEN),
         ("head", VOCAB, HIDDEN),
     ):
         count = max(2, min(8, CACHE_BYTES // (out * width * 2)))
         weights = [randn(out, width, scale=0.02) for _ in range(count)]
-        for n in (1, 4, 16, 64, 256):
+        for n in (1, 4, 16, 32, 64, 256):
             x = randn(n, width)
             inputs = [(x, w) for w in weights]
             moved = out * width * 2 + n * (out + width) * 2
@@ -461,6 +460,30 @@ def linear_cases() -> Iterator[Case]:
             if n <= MAX_ROWS:
                 yield Case(f"linear {name} n={n}", linear, inputs, moved, flops)
             yield Case(f"torch linear {name} n={n}", F.linear, inputs, moved, flops)
+    for n in (1, 4, 16, 64):
+        yield _fill_case(n)
+
+
+def _fill_case(n: int) -> Case:
+    """K and V of n rows of the draft with GQA."""
+    columns, width = 2 * GROUPS * DIM, 2 * HIDDEN
+    k, v = (randn(64, PAGE, GROUPS, DIM) for _ in range(2))
+    table = randn(8192, DIM, dtype=torch.float32)
+    inputs = [
+        (
+            randn(n, width),
+            randn(columns, width, scale=0.01),
+            None,
+            torch.randint(0, 8192, (n,), device=DEVICE),
+            torch.randperm(64 * PAGE, device=DEVICE)[:n],
+            table,
+            k,
+            v,
+        )
+        for _ in range(set_count(columns * width * 2))
+    ]
+    moved = columns * width * 2 + n * (columns + width) * 2
+    return Case(f"draft_kv_fill n={n}", draft_kv_fill, inputs, moved, 2.0 * n * columns * width)
 
 
 FAMILIES = (rowwise_cases, decode_attention_cases, prefill_cases, moe_cases, linear_cases)

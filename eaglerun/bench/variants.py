@@ -74,9 +74,11 @@ GROUPS_OF_CASES = (
                 "moe_down_several": {"BLOCK_K": 128, "num_stages": 3},
             },
             "16 + 16": {"moe_up_several": {"BLOCK_T": 16, "EXTRA": 16}},
-            "64": {"moe_up_several": {"BLOCK_T": 64, "EXTRA": 0}},
             "64 + 32": {"moe_up_several": {"BLOCK_T": 64, "EXTRA": 32, "num_stages": 3}},
             "group 1": {"moe_up_several": {"GROUP": 1}, "moe_down_several": {"GROUP": 1}},
+            "3 stages": {
+                "moe_up_several": {"num_stages": 3}, "moe_down_several": {"num_stages": 3},
+            },
         },
     ),
     Group(
@@ -93,20 +95,46 @@ GROUPS_OF_CASES = (
         },
     ),
     Group(
-        (
-            "linear qkv+index n=",
-            "linear o_proj n=",
-            "linear shared gate_up n=",
-            "linear draft fc n=1",
-            "linear head n=1",
+        tuple(f"linear {name} n=" for name in ("o_proj", "shared gate_up", "draft fc")),
+        linear_cases,
+        {"table": {}} | {f"{n} stages": {"linear_narrow": {"num_stages": n}} for n in (4, 5, 7)},
+    ),
+    Group(
+        tuple(
+            f"linear {name} n={rows}"
+            for name in ("qkv+index", "dense gate_up", "head")
+            for rows in (1, 32)
         ),
         linear_cases,
         {
             "table": {},
-            "32 wide": {"linear": {"BLOCK_N": 32, "num_stages": 5}},
-            "4 stages": {"linear": {"num_stages": 4}},
-            "k 256, 3 stages": {"linear": {"BLOCK_K": 256, "num_stages": 3}},
-            "128 wide": {"linear": {"BLOCK_N": 128, "num_stages": 4}},
+            "5 stages": {"linear_few": {"num_stages": 5}},
+            "k 64, 7 stages": {"linear_few": {"BLOCK_K": 64, "num_stages": 7}},
+            "128 wide, k 64": {"linear_few": {"BLOCK_N": 128, "BLOCK_K": 64}},
+        },
+    ),
+    Group(
+        tuple(f"linear {name} n=64" for name in ("qkv+index", "dense gate_up", "head")),
+        linear_cases,
+        {"table": {}}
+        | {
+            label: {"linear_several": values, "linear_broad": values}
+            for label, values in {
+                "k 128, 4 stages": {"BLOCK_N": 64, "BLOCK_K": 128, "num_stages": 4},
+                "k 64, 6 stages": {"BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 6},
+                "k 64, 7 stages": {"BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 7},
+                "128 wide, 4 stages": {"BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4},
+                "128 wide, 5 stages": {"BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 5},
+            }.items()
+        },
+    ),
+    Group(
+        ("draft_kv_fill n=1", "draft_kv_fill n=64"),
+        linear_cases,
+        {
+            "table": {},
+            "64 programs": {"linear_parts": {"PROGRAMS": 64}},
+            "256 programs": {"linear_parts": {"PROGRAMS": 256}},
         },
     ),
     Group(
@@ -114,14 +142,9 @@ GROUPS_OF_CASES = (
         moe_cases,
         {
             "table": {},
-            "64 x 64, k 128": {
-                "route_logits_many": {
-                    "SPLITS": 24, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 128, "num_stages": 1,
-                },
-            },
-            "32 x 64, k 256": {
-                "route_logits_many": {
-                    "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_stages": 1,
+            "as of more rows": {
+                "route_logits_some": {
+                    "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_stages": 3,
                 },
             },
         },
@@ -284,7 +307,7 @@ def _compare(case: Case, group: Group, bandwidth: float, rate: float) -> int:
         with _changed(changes):
             try:
                 row = measure(case, bandwidth, rate)
-            except (AssertionError, RuntimeError) as error:
+            except Exception as error:
                 # A tile that does not fit this device is an answer too.
                 print(f"{case.name:40} {label:32} RED {str(error)[:120]}", flush=True)
                 wrong += 1

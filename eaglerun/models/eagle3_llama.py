@@ -2,19 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
-from eaglerun.kernels.kv_store import draft_kv_store
-from eaglerun.kernels.linear import linear
+from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store
 from eaglerun.kernels.reference import wide
 from eaglerun.kernels.swiglu_oai import swiglu
 from eaglerun.models.attention import AttentionBatch, DraftKV, dense_attention
 from eaglerun.models.layers import Embedding, Linear, Norm, Rope
 from eaglerun.spec import DraftSpec
-
-# K and V of so many columns at most are filled by torch's product.
-SPLIT_COLUMNS = 4096
 
 
 class DraftAttention(nn.Module):
@@ -141,13 +136,9 @@ class Eagle3Llama(nn.Module):
         """
         attention = self.layer.self_attn
         joined = self._join(token_ids, hidden)
-        # Of few columns (GQA) torch's product splits the sums: 12 us against 24 at M3's size on an
-        # H200. A row's bits then depend on the number of rows, which a draft's may.
-        start, stop = attention.q_rows, attention.all_rows
-        product = F.linear if stop - start <= SPLIT_COLUMNS else linear
-        kv_rows = attention.qkv_proj.rows(joined, start, stop, product)
+        weight, bias = attention.qkv_proj.rows_of(attention.q_rows, attention.all_rows)
         table = self.rope.table(joined.device)
-        draft_kv_store(kv_rows, positions, kv_slots, table, kv.k, kv.v)
+        draft_kv_fill(joined, weight, bias, positions, kv_slots, table, kv.k, kv.v)
 
     def forward(
         self, token_ids: Tensor, hidden: Tensor, batch: AttentionBatch, kv: DraftKV

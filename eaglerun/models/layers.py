@@ -1,7 +1,5 @@
 """The parts both models are made of: weights with a forward, created empty and never trained."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,13 +37,13 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def rows(
-        self, x: Tensor, start: int, stop: int, product: Callable[..., Tensor] = linear
-    ) -> Tensor:
-        """Output columns start..stop alone, by ``product``; the other rows of the weight are not
-        read."""
-        bias = None if self.bias is None else self.bias[start:stop]
-        return product(x, self.weight[start:stop], bias)
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Output columns start..stop alone; the other rows of the weight are not read."""
+        return linear(x, *self.rows_of(start, stop))
+
+    def rows_of(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias of output columns start..stop."""
+        return self.weight[start:stop], None if self.bias is None else self.bias[start:stop]
 
 
 class Embedding(nn.Module):

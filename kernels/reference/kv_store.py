@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels.reference import as_bytes, cast, narrowed, remember_last, wide
+from eaglerun.kernels.reference.linear import linear
 from eaglerun.kernels.reference.rmsnorm import gemma_rmsnorm
 from eaglerun.kernels.reference.rope import rope
 
@@ -108,6 +109,26 @@ def draft_kv_store(
     qk = rope(wide(rows[:, : heads + groups]), positions - 1, table)
     _write(kv_slots, (k_cache, qk[:, heads:]), (v_cache, rows[:, heads + groups :]))
     return cast(qk[:, :heads], qkv.dtype)
+
+
+def draft_kv_fill(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    kv_slots: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    """draft_kv_store of the rows x weight^T (+ bias), k and v alone.
+
+    Shapes  x [N, C], weight [2 G D, C], rows k, then v; bias [2 G D] or None; all else as
+            draft_kv_store.
+    Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
+    Raises  as linear and draft_kv_store.
+    """
+    draft_kv_store(linear(x, weight, bias), positions, kv_slots, table, k_cache, v_cache)
 
 
 def _head_rows(name: str, qkv: Tensor, k_cache: Tensor) -> tuple[Tensor, int]:

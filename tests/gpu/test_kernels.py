@@ -89,7 +89,8 @@ def test_bits_do_not_depend_on_tiles_nor_on_the_shared_experts_way(uneven):
             assert torch.equal(moe_gemm.kernel(*some, *shared), layered[:n]), n
 
 
-def test_overlapping_kernels_say_the_same():
+@pytest.mark.parametrize("rows", [1, 4])
+def test_overlapping_kernels_say_the_same(rows):
     """A chain of small kernels and products, eager and in a graph, with and without."""
     weight, back = randn(9856, HIDDEN, scale=0.02), randn(HIDDEN, 9856, scale=0.01)
     w13, w2 = experts(8)
@@ -98,8 +99,8 @@ def test_overlapping_kernels_say_the_same():
         randn(HIDDEN, WIDTH, scale=WIDTH**-0.5),
     )
     gate, norm = randn(8, HIDDEN, dtype=torch.float32), randn(HIDDEN, scale=0.1)
-    first = randn(4, HIDDEN)
-    positions = torch.arange(4, device="cuda")
+    first = randn(rows, HIDDEN)
+    positions = torch.arange(rows, device="cuda")
 
     def chain():
         x, residual = first, first
@@ -122,13 +123,15 @@ def test_overlapping_kernels_say_the_same():
             out = chain()
     for seed in range(20):
         if seed % 2:
-            first.copy_(randn(4, HIDDEN))
+            first.copy_(randn(rows, HIDDEN))
         graph.replay()
         assert torch.equal(out, chain()), seed
 
 
-def test_a_projected_row_does_not_depend_on_its_neighbours():
-    x, weight = randn(64, HIDDEN), randn(9856, HIDDEN, scale=0.02)
+@pytest.mark.parametrize("columns", [HIDDEN, 9856, 24576])
+def test_a_projected_row_does_not_depend_on_its_neighbours(columns):
+    """Of one round of programs, of two, and of more."""
+    x, weight = randn(64, HIDDEN), randn(columns, HIDDEN, scale=0.02)
     whole = linear.kernel(x, weight)
     for n in (1, 4, 16, 17, 40):
         assert torch.equal(linear.kernel(x[:n], weight), whole[:n]), n

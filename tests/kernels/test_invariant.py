@@ -45,7 +45,7 @@ def test_settings_are_those_rows_only_there_and_for_two_bytes(device, monkeypatc
     narrow, wide = torch.empty(1, dtype=BF16, device=device), torch.empty(1, device=device)
     assert settings("attention_decode", narrow)["MIN_M"] == 64
     assert settings("attention_decode", wide)["MIN_M"] == 16
-    assert settings("linear", narrow)["BLOCK_N"] == 64
+    assert settings("linear_few", narrow)["BLOCK_N"] == 64
     with invariant(True):
         pass
     assert settings("attention_decode", narrow)["MIN_M"] == 64

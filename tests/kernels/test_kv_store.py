@@ -2,7 +2,7 @@ import pytest
 import torch
 from compare import compare
 
-from eaglerun.kernels.kv_store import draft_kv_store, kv_index_store, kv_store
+from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store, kv_index_store, kv_store
 from eaglerun.kernels.reference.rope import rope_table
 
 # H, G, D, Di, rotary_dim: odd ones, and M3's.
@@ -45,6 +45,21 @@ def test_draft(heads, groups, dim, device):
     qkv, positions, slots, _, table, k, v, _ = rows_of(5, *shape, torch.float32, device)
     main = qkv[:, : (heads + 2 * groups) * dim]
     compare(draft_kv_store, main, positions, slots, table, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count, width", [(5, 512), (1, 640), (5, 100), (70, 512)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_draft_fill(biased, count, width, dtype, device):
+    """Sums in parts (multiples of a tile, few rows of bf16) and whole."""
+    groups, dim = 2, 32
+    _, positions, slots, _, table, k, v, _ = rows_of(5, 0, groups, dim, 8, dim, dtype, device)
+    positions, slots = (t.repeat(14)[:count] for t in (positions, slots))
+    slots[5:] = -1
+    x = torch.randn(count, width, device=device).to(dtype)
+    weight = (torch.randn(9 + 2 * groups * dim, width, device=device) * width**-0.5).to(dtype)[9:]
+    bias = torch.randn(len(weight), device=device).to(dtype) if biased else None
+    compare(draft_kv_fill, x, weight, bias, positions, slots, table, k, v, ulps=2, floor=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
