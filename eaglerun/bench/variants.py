@@ -150,20 +150,22 @@ GROUPS_OF_CASES = (
         },
     ),
     Group(
-        ("attention_dense b=1 q=", "attention_dense b=64 q=", "attention_dense b=8 q="),
+        (
+            "attention_dense b=1 q=1",
+            "attention_dense b=1 q=4",
+            "attention_dense b=64 q=1",
+            "attention_dense b=64 q=4",
+            "attention_dense b=8 q=",
+            "attention_sparse b=",
+        ),
         decode_attention_cases,
-        {
-            "table": {},
-            "chunks of 512": {"attention_verify": {"CHUNK": 512}},
-            "64-row tiles": {
-                "attention_decode": {
-                    "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,
-                },
-                "attention_verify": {"MIN_M": 64, "MAX_M": 64},
-            },
-            "chunks of 256, tiles of 64 keys": {
-                "attention_decode": {"SPLITS": 32, "CHUNK": 256, "BLOCK_N": 64},
-            },
+        {"table": {}}
+        | {
+            f"tiles of {keys} keys, {stages} stages": {
+                name: {"BLOCK_N": keys, "num_stages": stages}
+                for name in ("attention_decode", "attention_verify", "attention_sparse_decode")
+            }
+            for keys, stages in ((32, 3), (32, 4), (64, 1), (64, 2), (64, 3), (128, 1), (128, 2))
         },
     ),
     Group(
@@ -177,6 +179,21 @@ GROUPS_OF_CASES = (
             "no extra": {"moe_up_many": {"EXTRA": 0}},
             "down 128 wide": {"moe_down_many": {"BLOCK_N": 128, "num_stages": 4}},
             "down 4 stages": {"moe_down_many": {"num_stages": 4}},
+        },
+    ),
+    Group(
+        ("attention_dense_ragged",),
+        prefill_cases,
+        {"table": {}}
+        | {
+            f"{rows} rows x {keys} keys, {warps} warps, {stages} stages": {
+                "attention_prefill": {
+                    "BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages,
+                },
+            }
+            for rows, keys, warps, stages in (
+                (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2), (256, 64, 8, 3),
+            )
         },
     ),
     Group(
