@@ -117,7 +117,8 @@ class Selections:
     ) -> None:
         assert self._at is not None
         if output is None:
-            kept[self._at] = -1
+            # Not a number of the host's, which a graph that is being captured could not copy.
+            kept.index_put_(self._at, kept.new_full((), -1))
         else:
             kept[self._at] = output.short()
 
