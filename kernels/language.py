@@ -76,6 +76,16 @@ def interpreting() -> bool:
     return INSTALLED and bool(triton.knobs.runtime.interpret)
 
 
+def descriptor(x: torch.Tensor, block: list[int]) -> object:
+    """x as a tensor descriptor, whose load([row, column]) is a block, zero past the end of x.
+
+    Shapes  x [R, C], rows of a multiple of 16 bytes.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, block)
+
+
 def dot_dtype(dtype: torch.dtype) -> Any:
     """What the operands of a matrix product are cast to: their dtype, and float32 in the
     interpreter, whose bfloat16 arithmetic is wrong without a word."""

@@ -93,10 +93,11 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     "moe_down_some": {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4, "num_warps": 4, "num_stages": 4},
     "moe_up_many": {
         "BLOCK_T": 128, "EXTRA": 32, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 4,
-        "num_warps": 8, "num_stages": 4,
+        "DESCRIBED": 1, "num_warps": 8, "num_stages": 4,
     },
     "moe_down_many": {
-        "ROUNDED": 1, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4, "num_warps": 8, "num_stages": 3,
+        "ROUNDED": 1, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 4,
+        "DESCRIBED": 1, "num_warps": 8, "num_stages": 3,
     },
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from eaglerun.kernels.language import (
     FLOATS,
     begin,
     cdiv,
+    descriptor,
     dot_dtype,
     jit,
     power_of_2,
@@ -24,7 +25,7 @@ from eaglerun.kernels.language import (
     tl,
     wait_before,
 )
-from eaglerun.kernels.launch import moe_regime, settings
+from eaglerun.kernels.launch import Settings, moe_regime, settings
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.reference import moe_gemm as reference
 from eaglerun.kernels.swiglu_oai import clamped_swiglu, swiglu_oai
@@ -139,10 +140,11 @@ def _put(y_ptr, y, pairs, n, WIDTH: tl.constexpr):
 
 @jit
 def _up(
-    x_ptr, w_ptr, a_ptr, pairs, more, num_pairs, shared, n_tile, x_row, alpha, limit, beta, topk,
+    x_ptr, w_ptr, expert, a_ptr, pairs, more, num_pairs, shared, n_tile, x_row,
+    alpha, limit, beta, topk,
     H: tl.constexpr, I: tl.constexpr, DOT: tl.constexpr, WIDER: tl.constexpr,  # noqa: E741
     BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    DESCRIBED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The activated columns of a tile's pairs, and WIDER: of ``more`` by the same weights.
 
@@ -152,8 +154,9 @@ def _up(
     k = tl.arange(0, BLOCK_K)
     # Columns past the end read the last one, and are not stored.
     at = tl.minimum(n, I - 1)
-    gate_at = w_ptr + at[:, None] * H + k[None, :]
-    up_at = gate_at + I * H
+    if not DESCRIBED:
+        gate_at = w_ptr + at[:, None] * H + k[None, :]
+        up_at = gate_at + I * H
     x_at = _at(x_ptr, x_row, _row_of(pairs, num_pairs, topk), k)
     gate = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -164,11 +167,16 @@ def _up(
     for start in range(0, H, BLOCK_K):
         inside = start + k < H
         wanted = (pairs >= 0)[None, :]
-        if H % BLOCK_K == 0:
+        if H % BLOCK_K:
+            wanted = wanted & inside[:, None]
+        if DESCRIBED:
+            first = expert * (2 * I) + n_tile * BLOCK_N
+            wg = w_ptr.load([first, start]).to(DOT)
+            wu = w_ptr.load([first + I, start]).to(DOT)
+        elif H % BLOCK_K == 0:
             wg = tl.load(gate_at).to(DOT)
             wu = tl.load(up_at).to(DOT)
         else:
-            wanted = wanted & inside[:, None]
             wg = tl.load(gate_at, mask=inside[None, :], other=0.0).to(DOT)
             wu = tl.load(up_at, mask=inside[None, :], other=0.0).to(DOT)
         x = tl.load(x_at, mask=wanted, other=0.0).to(DOT)
@@ -180,8 +188,9 @@ def _up(
             up2 = tl.dot(wu, x2, up2, input_precision="ieee")
             x2_at += BLOCK_K
         x_at += BLOCK_K
-        gate_at += BLOCK_K
-        up_at += BLOCK_K
+        if not DESCRIBED:
+            gate_at += BLOCK_K
+            up_at += BLOCK_K
     # What is written here may lie where a kernel before still reads.
     wait_before(OVERLAP)
     rounded: tl.constexpr = a_ptr.dtype.element_ty
@@ -220,13 +229,15 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """a[pair, i] = activation(w[e, i] . x, w[e, I + i] . x).
 
     EXTRA: room for so many pairs more beside a full tile, by the same weights, so that an
     expert's few last pairs do not cost a tile's reading of them; 0: none. SHARED: the last tile
-    is the shared expert's, of all rows.
+    is the shared expert's, of all rows. DESCRIBED: w_ptr describes all experts' rows to the unit
+    that copies tiles, so that the warps compute no addresses of weights.
     """
     # No let_next: the programs of _down_kernel would take the places of these, unevenly.
     tile, n_tile = _tile(max_tiles, n_tiles, GROUP)
@@ -239,7 +250,8 @@ def _up_kernel(
     expert = tl.load(chosen, mask=tile < tl.where(shared, 0, max_tiles), other=0)
     if expert < 0:
         return
-    w_ptr += expert.to(tl.int64) * (2 * I * H)
+    if not DESCRIBED:
+        w_ptr += expert.to(tl.int64) * (2 * I * H)
     if SHARED:
         w_ptr = tl.where(shared, shared_ptr, w_ptr)
     stride: tl.constexpr = BLOCK_T + EXTRA
@@ -248,34 +260,36 @@ def _up_kernel(
         more = _pairs(pairs_ptr, tile, num_pairs, rows, shared, SORTED, BLOCK_T, EXTRA, stride)
         if tl.max(more, axis=0) >= 0:
             _up(
-                x_ptr, w_ptr, a_ptr, pairs, more, num_pairs, shared, n_tile, x_row,
+                x_ptr, w_ptr, expert, a_ptr, pairs, more, num_pairs, shared, n_tile, x_row,
                 alpha, limit, beta, topk, H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
-                OVERLAP,
+                DESCRIBED, OVERLAP,
             )  # fmt: skip
         else:
             _up(
-                x_ptr, w_ptr, a_ptr, pairs, pairs, num_pairs, shared, n_tile, x_row,
+                x_ptr, w_ptr, expert, a_ptr, pairs, pairs, num_pairs, shared, n_tile, x_row,
                 alpha, limit, beta, topk, H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
-                OVERLAP,
+                DESCRIBED, OVERLAP,
             )  # fmt: skip
     else:
         _up(
-            x_ptr, w_ptr, a_ptr, pairs, pairs, num_pairs, shared, n_tile, x_row,
+            x_ptr, w_ptr, expert, a_ptr, pairs, pairs, num_pairs, shared, n_tile, x_row,
             alpha, limit, beta, topk, H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
-            OVERLAP,
+            DESCRIBED, OVERLAP,
         )  # fmt: skip
 
 
 @jit
 def _down(
-    a_ptr, w_ptr, y_ptr, pairs, more, n_tile,
+    a_ptr, w_ptr, expert, y_ptr, pairs, more, n_tile,
     H: tl.constexpr, I: tl.constexpr, DOT: tl.constexpr, WIDER: tl.constexpr,  # noqa: E741
     BLOCK_T: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     at = tl.minimum(n, H - 1)
-    w_at = w_ptr + at[:, None] * I + k[None, :]
+    if not DESCRIBED:
+        w_at = w_ptr + at[:, None] * I + k[None, :]
     a_at = _at(a_ptr, I, pairs, k)
     y = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     if WIDER:
@@ -284,10 +298,13 @@ def _down(
     for start in range(0, I, BLOCK_K):
         inside = start + k < I
         wanted = (pairs >= 0)[None, :]
-        if I % BLOCK_K == 0:
+        if I % BLOCK_K:
+            wanted = wanted & inside[:, None]
+        if DESCRIBED:
+            w = w_ptr.load([expert * H + n_tile * BLOCK_N, start]).to(DOT)
+        elif I % BLOCK_K == 0:
             w = tl.load(w_at).to(DOT)
         else:
-            wanted = wanted & inside[:, None]
             w = tl.load(w_at, mask=inside[None, :], other=0.0).to(DOT)
         y = tl.dot(w, tl.load(a_at, mask=wanted, other=0.0).to(DOT), y, input_precision="ieee")
         if WIDER:
@@ -295,7 +312,8 @@ def _down(
             y2 = tl.dot(w, a2, y2, input_precision="ieee")
             a2_at += BLOCK_K
         a_at += BLOCK_K
-        w_at += BLOCK_K
+        if not DESCRIBED:
+            w_at += BLOCK_K
     _put(y_ptr, y, pairs, n, H)
     if WIDER:
         _put(y_ptr, y2, more, n, H)
@@ -324,9 +342,10 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """y[pair, h] = w[e, h] . a[pair]; EXTRA and SHARED as in _up_kernel."""
+    """y[pair, h] = w[e, h] . a[pair]; EXTRA, SHARED and DESCRIBED as in _up_kernel."""
     begin(OVERLAP)
     tile, n_tile = _tile(max_tiles, n_tiles, GROUP)
     shared = tile == (max_tiles - 1 if SHARED else -1)
@@ -334,7 +353,8 @@ def _down_kernel(
     expert = tl.load(chosen, mask=tile < tl.where(shared, 0, max_tiles), other=0)
     if expert < 0:
         return
-    w_ptr += expert.to(tl.int64) * (H * I)
+    if not DESCRIBED:
+        w_ptr += expert.to(tl.int64) * (H * I)
     if SHARED:
         w_ptr = tl.where(shared, shared_ptr, w_ptr)
     stride: tl.constexpr = BLOCK_T + EXTRA
@@ -343,18 +363,18 @@ def _down_kernel(
         more = _pairs(pairs_ptr, tile, num_pairs, rows, shared, SORTED, BLOCK_T, EXTRA, stride)
         if tl.max(more, axis=0) >= 0:
             _down(
-                a_ptr, w_ptr, y_ptr, pairs, more, n_tile,
-                H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+                a_ptr, w_ptr, expert, y_ptr, pairs, more, n_tile,
+                H, I, DOT, True, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K, DESCRIBED,
             )  # fmt: skip
         else:
             _down(
-                a_ptr, w_ptr, y_ptr, pairs, pairs, n_tile,
-                H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+                a_ptr, w_ptr, expert, y_ptr, pairs, pairs, n_tile,
+                H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K, DESCRIBED,
             )  # fmt: skip
     else:
         _down(
-            a_ptr, w_ptr, y_ptr, pairs, pairs, n_tile,
-            H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K,
+            a_ptr, w_ptr, expert, y_ptr, pairs, pairs, n_tile,
+            H, I, DOT, False, BLOCK_T, EXTRA, BLOCK_N, BLOCK_K, DESCRIBED,
         )  # fmt: skip
 
 
@@ -409,7 +429,7 @@ def moe_gemm(
     y[n] = s[n] + sum_j weights[n, j] * w2[ids[n, j]] a[n, j], rounded once (where there are many
     rows an expert, each product is rounded to x.dtype before the sum, but not in a batch-invariant
     engine); s[n] is the dense layer round(shared_down round(swiglu_oai(round(shared_up x[n])))).
-    ids of -1 add nothing. No weight of an expert that is in no id is read; without a shared expert
+    ids of -1 add nothing. An expert that is in no id may hold anything; without a shared expert
     x[n] is not used where all ids are -1.
 
     Shapes  x [N, H], last dim contiguous; w13 [E, 2 I, H], gate rows then up rows; w2 [E, H, I];
@@ -495,7 +515,7 @@ def moe_gemm(
     n_tiles = cdiv(width, up["BLOCK_N"])
     _up_kernel[(tiles * n_tiles,)](
         x,
-        w13,
+        _weights(w13, up),
         w13 if shared_up is None else shared_up,
         activated,
         ids,
@@ -520,7 +540,7 @@ def moe_gemm(
     n_tiles = cdiv(hidden, down["BLOCK_N"])
     _down_kernel[(tiles * n_tiles,)](
         activated,
-        w2,
+        _weights(w2, down),
         w2 if shared_down is None else shared_down,
         product,
         ids,
@@ -555,6 +575,14 @@ def moe_gemm(
         **launch,
     )
     return out
+
+
+def _weights(w: Tensor, launch: Settings) -> object:
+    """w [E, rows, columns], or where ``launch`` wants it and the columns allow it, a descriptor of
+    [E * rows, columns]; DESCRIBED in ``launch`` then says which."""
+    wanted = launch.get("DESCRIBED", 0) and w.shape[2] * w.element_size() % 16 == 0
+    launch["DESCRIBED"] = bool(wanted)
+    return descriptor(w.flatten(0, 1), [launch["BLOCK_N"], launch["BLOCK_K"]]) if wanted else w
 
 
 def _is_layer(up: Tensor | None, down: Tensor | None, x: Tensor) -> bool:

@@ -60,7 +60,7 @@ def _both(**values: int) -> Changes:
     return {"moe_up_many": values, "moe_down_many": {k: v for k, v in values.items() if k in _DOWN}}
 
 
-_DOWN = ("BLOCK_K", "GROUP", "num_stages", "num_warps")
+_DOWN = ("BLOCK_K", "DESCRIBED", "GROUP", "num_stages", "num_warps")
 
 # The table's own settings come first everywhere.
 GROUPS_OF_CASES = (
@@ -176,6 +176,7 @@ GROUPS_OF_CASES = (
             "group 2": _both(GROUP=2),
             "group 8": _both(GROUP=8),
             "3 stages": _both(num_stages=3),
+            "weights by address": _both(DESCRIBED=0),
             "no extra": {"moe_up_many": {"EXTRA": 0}},
             "down 128 wide": {"moe_down_many": {"BLOCK_N": 128, "num_stages": 4}},
             "down 4 stages": {"moe_down_many": {"num_stages": 4}},
