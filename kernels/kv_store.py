@@ -1,5 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""From the rows of the qkv projection to rotated queries and written caches."""
+"""From the rows of the qkv projection to rotated queries and written caches; of the draft's K and V
+alone, from what is projected.
+"""
 
 import torch
 from torch import Tensor
@@ -274,18 +276,31 @@ def draft_kv_fill(
     """draft_kv_store of the rows x weight^T (+ bias), k and v alone.
 
     Few columns have long sums here: several programs share one (linear.product_parts), and the
-    write adds them, unrounded.
+    write adds them.
 
     Shapes  x [N, C], weight [2 G D, C], rows k, then v; bias [2 G D] or None; last dims
             contiguous; all else as draft_kv_store.
-    Dtypes  x, weight, bias alike: bf16, fp16 or fp32; sums in fp32.
+    Dtypes  x, weight, bias alike: bf16, fp16 or fp32; sums in fp32; caches of x.dtype, bf16 or fp8.
     Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
-    Error   2 ulp of x.dtype at the row's largest value. A row's bits depend on the number of rows.
-    Raises  as linear and draft_kv_store.
+    Error   2 ulp of x.dtype at the row's largest value, of fp8 one step: a product of up to 64 rows
+            is rounded once, to the cache's dtype, one of more rows to x.dtype first. A row's bits
+            hang on that; up to 64 rows not on their number. They decide no token: a draft's.
+    Raises  ValueError on another shape, stride or dtype.
     """
-    parts = product_parts(x, weight, bias)
-    rows = linear.kernel(x, weight, bias) if parts is None else parts
-    _store("draft_kv_fill", rows, positions, kv_slots, (), table, 0.0, k_cache, v_cache)
+    columns = 2 * k_cache.shape[2] * k_cache.shape[3]
+    require(
+        weight.shape[0] == columns and k_cache.dtype in (x.dtype, *CACHES),
+        "draft_kv_fill",
+        weight=weight,
+        k_cache=k_cache,
+        x=x,
+    )
+    parts = product_parts("draft_kv_fill", x, weight, bias)
+    where = (positions, kv_slots, (), table, 0.0, k_cache, v_cache)
+    if parts is None:
+        _store("draft_kv_fill", linear.kernel(x, weight, bias), *where)
+    else:
+        _store("draft_kv_fill", parts[0], *where, parts=parts)
 
 
 def _store(
@@ -299,11 +314,9 @@ def _store(
     k_cache: Tensor,
     v_cache: Tensor,
     index_k_cache: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """qkv [N, columns], or [parts, N, columns] to be summed."""
-    parts = qkv.shape[0] if qkv.ndim == 3 else 1
-    part = qkv.stride(0) if qkv.ndim == 3 else 0
-    qkv = qkv[0] if qkv.ndim == 3 else qkv
+    """parts [P, N, columns]: what to add up instead of taking qkv, the first of them."""
     groups, dim = k_cache.shape[2:]
     index_dim = 0 if index_k_cache is None else index_k_cache.shape[2]
     index_columns = (groups + 1) * index_dim if index_dim else 0
@@ -315,6 +328,7 @@ def _store(
     require(
         not rest
         and heads >= 0
+        and qkv.ndim == 2
         and qkv.stride(1) == 1
         and qkv.dtype in FLOATS
         and rotary % 2 == 0
@@ -357,10 +371,10 @@ def _store(
             v_cache,
             k_cache if index_k_cache is None else index_k_cache,
             qkv.stride(0),
-            part,
+            0 if parts is None else parts.stride(0),
             table.shape[0],
             eps,
-            PARTS=parts,
+            PARTS=1 if parts is None else parts.shape[0],
             H=heads,
             G=groups,
             D=dim,

@@ -58,8 +58,9 @@ def let_next(OVERLAP: tl.constexpr):
 def wait_before(OVERLAP: tl.constexpr):
     """Wait until all kernels before have ended and what they wrote can be read.
 
-    Before it a program may read only what no kernel writes (weights), and write nothing. Every
-    program that does anything waits, so that the end of one kernel is the end of all before it.
+    Before it a program may read only what no kernel writes (weights) and what the kernel just
+    before has itself waited for (moe_gemm's x), and write nothing. Every program that does
+    anything waits, so that the end of one kernel is the end of all before it.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -113,6 +114,10 @@ def require(fits: bool, name: str, /, **tensors: object) -> None:
         raise ValueError(f"{name}: no kernel for {told}")
 
 
+# What a launch that does not fit the device, or does not compile, raises.
+LAUNCH_ERRORS: tuple[type[Exception], ...] = (
+    (triton.OutOfResources, triton.CompilationError) if INSTALLED else ()
+)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # What a cache may be besides the dtype of the queries. fp8 holds values at scale 1.
 CACHES = (torch.bfloat16, torch.float8_e4m3fn)

@@ -101,11 +101,11 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
     },
 }  # fmt: skip
 
-# Attention: the tensor cores' 64-row instructions for any number of rows, chunks of the same keys
-# dense and selected. Routing: the same splits. MoE: products that no regime rounds.
 _ROUTE_INVARIANT: Settings = {
     "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_stages": 1,
 }  # fmt: skip
+# Attention: the tensor cores' 64-row instructions for any number of rows, chunks of the same keys
+# dense and selected. Routing: the same splits. MoE: products that no regime rounds.
 _SM_90_INVARIANT: dict[str, Settings] = {
     "attention_decode/invariant": {
         "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,
@@ -359,6 +359,7 @@ def linear_regime(rows: int, columns: int) -> str:
 
 
 def route_regime(rows: int) -> str:
+    """few rows in tiles of 16, some in tiles of 64 and many splits, many in fewer splits."""
     if rows <= 64:
         return "few"
     return "some" if rows <= 512 else "many"

@@ -95,18 +95,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             (launch.invariant), in bf16 and at M3's widths, at any number.
     Raises  ValueError on another shape, stride or dtype.
     """
-    require(
-        x.ndim == weight.ndim == 2
-        and x.shape[1] == weight.shape[1] > 0
-        and x.stride(1) == weight.stride(1) == 1
-        and x.dtype == weight.dtype
-        and x.dtype in FLOATS
-        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype)),
-        "linear",
-        x=x,
-        weight=weight,
-        bias=bias,
-    )
+    _check("linear", x, weight, bias)
     rows, out = x.shape[0], weight.shape[0]
     if rows > MAX_ROWS or x.dtype == torch.float32 or not rows:
         return F.linear(x, weight, bias)
@@ -115,10 +104,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def product_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def product_parts(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The product as several, [parts, N, O] fp32, that add up to it: of few columns and long sums,
-    which by themselves would not fill the device. None of others, and where rows or dtype are not
-    for the kernel here."""
+    which by themselves would not fill the device.
+
+    None of other shapes, and of other dtypes than bf16, whose caches take no fp32 (kv_store).
+    Raises  ValueError as linear, in the name of ``name``.
+    """
+    _check(name, x, weight, bias)
     rows, (out, width) = x.shape[0], weight.shape
     if rows > MAX_ROWS or x.dtype != torch.bfloat16 or not rows:
         return None
@@ -131,6 +124,21 @@ def product_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | No
     parts = torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
     _launch(x, weight, bias, parts, splits, launch)
     return parts
+
+
+def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    require(
+        x.ndim == weight.ndim == 2
+        and x.shape[1] == weight.shape[1] > 0
+        and x.stride(1) == weight.stride(1) == 1
+        and x.dtype == weight.dtype
+        and x.dtype in FLOATS
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype)),
+        name,
+        x=x,
+        weight=weight,
+        bias=bias,
+    )
 
 
 def _launch(

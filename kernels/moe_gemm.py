@@ -497,6 +497,9 @@ def moe_gemm(
     # Many rows write and read their products as bytes that count; few do not.
     wide = x.dtype if down.pop("ROUNDED", 0) else torch.float32
     product = torch.empty(all_pairs, hidden, dtype=wide, device=device)
+    for w, launch in ((w13, up), (w2, down)):
+        # A tile of the shared expert would need a descriptor of its own.
+        launch["DESCRIBED"] = bool(launch.get("DESCRIBED", 0)) and not fused and _can_describe(w)
     if rows > 1:
         _sort_kernel[(experts + 1,)](
             ids,
@@ -577,12 +580,16 @@ def moe_gemm(
     return out
 
 
+def _can_describe(w: Tensor) -> bool:
+    """Whether w [E, rows, columns] can be a descriptor."""
+    return w.shape[2] * w.element_size() % 16 == 0 and w.data_ptr() % 16 == 0
+
+
 def _weights(w: Tensor, launch: Settings) -> object:
-    """w [E, rows, columns], or where ``launch`` wants it and the columns allow it, a descriptor of
-    [E * rows, columns]; DESCRIBED in ``launch`` then says which."""
-    wanted = launch.get("DESCRIBED", 0) and w.shape[2] * w.element_size() % 16 == 0
-    launch["DESCRIBED"] = bool(wanted)
-    return descriptor(w.flatten(0, 1), [launch["BLOCK_N"], launch["BLOCK_K"]]) if wanted else w
+    """w [E, rows, columns], or where ``launch`` says DESCRIBED, all rows as a descriptor."""
+    if not launch["DESCRIBED"]:
+        return w
+    return descriptor(w.flatten(0, 1), [launch["BLOCK_N"], launch["BLOCK_K"]])
 
 
 def _is_layer(up: Tensor | None, down: Tensor | None, x: Tensor) -> bool:

@@ -166,8 +166,8 @@ def moe_route(
     Writes  num_experts += the number of distinct routed experts in ids.
     Error   logits 1e-6 of |x| |gate|, so ids as the reference's but for scores closer than
             that. A row's bits depend on which of the launch table's tiles its N takes: the same
-            up to 64 rows, and again above; in a batch-invariant engine (launch.invariant) at any
-            number.
+            up to 64 rows, from 65 to 512, and above; in a batch-invariant engine
+            (launch.invariant) at any number.
     Raises  ValueError when topk > E, and on another shape, stride or dtype.
     Source  MiniMaxM3VLTopKRouter and MiniMaxM3VLSparseMoeBlock (transformers 5.23,
             models/minimax_m3_vl), which multiply by scale after the experts.

@@ -72,7 +72,8 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     yield swiglu_oai, (new(4, 2 * WIDTH), 1.702, 7.0, 1.0)
     yield swiglu, (new(4, 2 * DRAFT_WIDTH),)
     yield linear, (x, new(9856, HIDDEN))
-    yield linear, (new(64, HIDDEN), new(VOCAB, HIDDEN))
+    for columns in (HIDDEN, 9856, VOCAB):
+        yield linear, (new(64, HIDDEN), new(columns, HIDDEN))
     yield store_carry, (x, ints(4), new(32, HIDDEN), BLOCK)
     yield accept, (ints(4, 4), new(4, 3, dtype=torch.bool), ints(4))
     state = (ints(9), ints(9), ints(9))

@@ -243,8 +243,8 @@ def rowwise_cases() -> Iterator[Case]:
 def _store_case(n: int) -> Case:
     columns = (HEADS + 2 * GROUPS) * DIM + (GROUPS + 1) * DIM
     blocks = max(64, -(-n // PAGE))
-    k, v = (randn(blocks, PAGE, GROUPS, DIM) for _ in range(2))
-    index_k = randn(blocks, PAGE, DIM)
+    k, v = torch.zeros(2, blocks, PAGE, GROUPS, DIM, dtype=BF16, device=DEVICE)
+    index_k = torch.zeros(blocks, PAGE, DIM, dtype=BF16, device=DEVICE)
     table = randn(8192, 64, dtype=torch.float32)
     norms = [randn(DIM, scale=0.1) for _ in range(4)]
     inputs = [
@@ -465,9 +465,9 @@ def linear_cases() -> Iterator[Case]:
 
 
 def _fill_case(n: int) -> Case:
-    """K and V of n rows of the draft with GQA."""
+    """K and V of n rows of the draft with GQA. Caches of zeros: the rows alone can differ."""
     columns, width = 2 * GROUPS * DIM, 2 * HIDDEN
-    k, v = (randn(64, PAGE, GROUPS, DIM) for _ in range(2))
+    k, v = torch.zeros(2, 64, PAGE, GROUPS, DIM, dtype=BF16, device=DEVICE)
     table = randn(8192, DIM, dtype=torch.float32)
     inputs = [
         (

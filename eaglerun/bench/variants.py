@@ -38,6 +38,7 @@ from eaglerun.bench.kernels import (
 )
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.kv_store import kv_index_store
+from eaglerun.kernels.language import LAUNCH_ERRORS
 from eaglerun.kernels.launch import changed, overlapping
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
@@ -325,7 +326,7 @@ def _compare(case: Case, group: Group, bandwidth: float, rate: float) -> int:
         with _changed(changes):
             try:
                 row = measure(case, bandwidth, rate)
-            except Exception as error:
+            except (AssertionError, RuntimeError, *LAUNCH_ERRORS) as error:
                 # A tile that does not fit this device is an answer too.
                 print(f"{case.name:40} {label:32} RED {str(error)[:120]}", flush=True)
                 wrong += 1

@@ -3,6 +3,8 @@ import torch
 from compare import compare
 
 from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store, kv_index_store, kv_store
+from eaglerun.kernels.launch import changed
+from eaglerun.kernels.linear import product_parts
 from eaglerun.kernels.reference.rope import rope_table
 
 # H, G, D, Di, rotary_dim: odd ones, and M3's.
@@ -47,19 +49,54 @@ def test_draft(heads, groups, dim, device):
     compare(draft_kv_store, main, positions, slots, table, k, v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count, width", [(5, 512), (1, 640), (5, 100), (70, 512)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_draft_fill(biased, count, width, dtype, device):
-    """Sums in parts (multiples of a tile, few rows of bf16) and whole."""
+def filling(count, width, dtype, device, biased=False, cache_dtype=None):
     groups, dim = 2, 32
-    _, positions, slots, _, table, k, v, _ = rows_of(5, 0, groups, dim, 8, dim, dtype, device)
+    shape = (0, groups, dim, 8, dim)
+    _, positions, slots, _, table, k, v, _ = rows_of(5, *shape, dtype, device, cache_dtype)
     positions, slots = (t.repeat(14)[:count] for t in (positions, slots))
     slots[5:] = -1
     x = torch.randn(count, width, device=device).to(dtype)
     weight = (torch.randn(9 + 2 * groups * dim, width, device=device) * width**-0.5).to(dtype)[9:]
     bias = torch.randn(len(weight), device=device).to(dtype) if biased else None
-    compare(draft_kv_fill, x, weight, bias, positions, slots, table, k, v, ulps=2, floor=1)
+    return x, weight, bias, positions, slots, table, k, v
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "count, width, programs, parts",
+    [(5, 512, 128, 4), (1, 640, 128, 5), (5, 768, 4, 2), (5, 512, 2, 1), (5, 100, 128, 1)]
+    + [(70, 512, 128, 1), (0, 512, 128, 1)],
+)
+def test_draft_fill(count, width, programs, parts, biased, device):
+    """Sums in parts: of one tile of the sum each, of several; whole: where there are programs
+    enough, no whole tiles, many rows, none."""
+    args = filling(count, width, torch.bfloat16, device, biased)
+    with changed("linear_parts", PROGRAMS=programs):
+        found = product_parts("", *args[:3])
+        compare(draft_kv_fill, *args, ulps=2, floor=1)
+    assert parts == (1 if found is None else len(found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_draft_fill_of_other_dtypes(dtype, device):
+    compare(draft_kv_fill, *filling(5, 512, dtype, device, biased=True), ulps=2, floor=1)
+
+
+def test_draft_fill_raises(device):
+    x, weight, bias, *rest = filling(2, 512, torch.bfloat16, device, biased=True)
+    k, v = rest[-2:]
+    for wrong in (
+        (x, weight.half(), bias, *rest),
+        (x[:, :256], weight, bias, *rest),
+        (x, weight[:, :256], bias, *rest),
+        (x.t().contiguous().t(), weight, bias, *rest),
+        (x, weight, bias[:64], *rest),
+        (x, weight, bias.float(), *rest),
+        (x, weight.repeat(2, 1), bias.repeat(2), *rest),
+        (x, weight, bias, *rest[:-2], k.float(), v.float()),
+    ):
+        with pytest.raises(ValueError, match="draft_kv_fill"):
+            draft_kv_fill.kernel(*wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -102,6 +139,10 @@ def test_every_bf16_value_rounds_to_the_nearest_fp8(device):
 
 def test_raises(device):
     qkv, positions, slots, norms, table, k, v, _ = rows_of(2, *SHAPES[0], torch.float32, device)
-    for rows, cache in ((qkv[:, :40], k), (qkv[:, : 12 * 32], k.half())):
+    for rows, cache in (
+        (qkv[:, :40], k),
+        (qkv[:, : 12 * 32], k.half()),
+        (qkv[:, None, : 12 * 32], k),
+    ):
         with pytest.raises(ValueError, match="kv_store"):
             kv_store.kernel(rows, positions, slots, *norms[:2], table, 1e-6, cache, v)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from compare import compare
 
+from eaglerun.kernels.launch import linear_regime
 from eaglerun.kernels.linear import linear
 
 
@@ -23,6 +24,14 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
     whole = linear.kernel(x, weight)
     for n in (1, 17):
         assert torch.equal(linear.kernel(x[:n], weight), whole[:n])
+
+
+def test_regimes():
+    tile, round_of = 64, 132 * 64
+    assert {linear_regime(n, round_of) for n in (1, 32, 64)} == {"narrow"}
+    assert {linear_regime(n, m) for n in (1, 32) for m in (round_of + 1, 200064)} == {"few"}
+    assert linear_regime(33, round_of + tile) == linear_regime(64, 2 * round_of) == "several"
+    assert linear_regime(33, 2 * round_of + 1) == "broad"
 
 
 def test_raises(device):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from compare import compare
 
+from eaglerun.kernels.launch import route_regime
 from eaglerun.kernels.moe_route import moe_route
 
 
@@ -29,6 +30,11 @@ def test_equal_scores_take_the_lower_id_and_count_once(device):
     assert ids.tolist() == [[0, 1, 2, 3]] * 40
     assert weights.eq(0.5).all()
     assert count.item() == 4
+
+
+def test_regimes():
+    found = [route_regime(rows) for rows in (1, 64, 65, 512, 513)]
+    assert found == ["few", "few", "some", "some", "many"]
 
 
 def test_raises(device):
