@@ -46,6 +46,7 @@ from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
 
 Changes = dict[str, dict[str, int]]
+WRONG: tuple[type[Exception], ...] = (AssertionError, RuntimeError, *LAUNCH_ERRORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +327,7 @@ def _compare(case: Case, group: Group, bandwidth: float, rate: float) -> int:
         with _changed(changes):
             try:
                 row = measure(case, bandwidth, rate)
-            except (AssertionError, RuntimeError, *LAUNCH_ERRORS) as error:
+            except WRONG as error:
                 # A tile that does not fit this device is an answer too.
                 print(f"{case.name:40} {label:32} RED {str(error)[:120]}", flush=True)
                 wrong += 1
