@@ -15,6 +15,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 tl: Any
 if INSTALLED:
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     tl = triton.language
 else:
@@ -82,8 +83,6 @@ def descriptor(x: torch.Tensor, block: list[int]) -> object:
 
     Shapes  x [R, C], rows of a multiple of 16 bytes.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     return TensorDescriptor.from_tensor(x, block)
 
 

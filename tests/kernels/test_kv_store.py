@@ -82,6 +82,12 @@ def test_draft_fill_of_other_dtypes(dtype, device):
     compare(draft_kv_fill, *filling(5, 512, dtype, device, biased=True), ulps=2, floor=1)
 
 
+def test_draft_fill_of_an_fp8_cache(device):
+    """In parts, rounded once; the reference rounds to bf16 before: a step where that decides."""
+    args = filling(5, 512, torch.bfloat16, device, cache_dtype=FP8)
+    compare(draft_kv_fill, *args, ulps=2, floor=1)
+
+
 def test_draft_fill_raises(device):
     x, weight, bias, *rest = filling(2, 512, torch.bfloat16, device, biased=True)
     k, v = rest[-2:]
