@@ -19,13 +19,14 @@ from eaglerun.kernels.language import (
     FLOATS,
     begin,
     cdiv,
+    descriptor,
     dot_dtype,
     jit,
     power_of_2,
     require,
     tl,
 )
-from eaglerun.kernels.launch import settings
+from eaglerun.kernels.launch import Settings, attention_regime, settings
 from eaglerun.kernels.reference import attention_dense as reference
 
 LOG2_E = math.log2(math.e)
@@ -76,10 +77,12 @@ def _walk(
     acc, top, total, q, k_ptr, v_ptr, table_ptr, position, keys, group, split,
     first, last, scale, first_key, window,
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
-    WINDOWED: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOWED: tl.constexpr, DESCRIBED: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Tiles first .. last of this split's keys. Not MASKED: every row sees all of their keys."""
+    """Tiles first .. last of this split's keys. Not MASKED: every row sees all of their keys.
+    DESCRIBED: k_ptr and v_ptr describe the caches as [slots, G * D] to the unit that copies tiles,
+    so that the warps compute no addresses."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     PER_CHUNK: tl.constexpr = CHUNK // BLOCK_N
@@ -96,12 +99,17 @@ def _walk(
         else:
             block = tl.load(table_ptr + t // PAGE, mask=held, other=0)
             slot = block.to(tl.int64) * PAGE + t % PAGE
-        at = (slot * G + group)[:, None] * D + d[None, :]
-        there = (d < D)[None, :]
-        if MASKED:
-            there = there & held[:, None]
-        k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
-        v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
+        if DESCRIBED:
+            row = block * PAGE + start % PAGE
+            k = k_ptr.load([row, group * D]).to(DOT)
+            v = v_ptr.load([row, group * D]).to(DOT)
+        else:
+            at = (slot * G + group)[:, None] * D + d[None, :]
+            there = (d < D)[None, :]
+            if MASKED:
+                there = there & held[:, None]
+            k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
+            v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
         visible = held[None, :] & (t[None, :] <= position[:, None])
         if WINDOWED:
             visible &= t[None, :] > position[:, None] - window
@@ -114,6 +122,8 @@ def _attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    open_k_ptr,
+    open_v_ptr,
     out_ptr,
     part_ptr,
     lse_ptr,
@@ -134,6 +144,7 @@ def _attention_kernel(
     PAGE: tl.constexpr,
     RAGGED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     DOT: tl.constexpr,
@@ -142,6 +153,8 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """A tile of (row, head) pairs of one KV group and sequence over its keys, or over a split of
+    them. open_k_ptr and open_v_ptr: the caches for tiles without a mask, DESCRIBED as in _walk."""
     begin(OVERLAP)
     TOKENS: tl.constexpr = BLOCK_M // RATIO
     tile = tl.program_id(0)
@@ -186,14 +199,14 @@ def _attention_kernel(
             seen = tl.minimum(tl.min(tl.where(live, position, keys), axis=0).to(tl.int64) + 1, keys)
             open_tiles = tl.where(first_key < 1, seen // BLOCK_N, 0).to(tl.int32)
             acc, top, total = _walk(
-                acc, top, total, q, k_ptr, v_ptr, table_ptr, position, keys, group, split,
-                0, open_tiles, scale, first_key, window,
-                G, D, PAGE, False, False, SPLITS, CHUNK, DOT, BLOCK_N, BLOCK_D,
+                acc, top, total, q, open_k_ptr, open_v_ptr, table_ptr, position, keys, group,
+                split, 0, open_tiles, scale, first_key, window,
+                G, D, PAGE, False, False, DESCRIBED, SPLITS, CHUNK, DOT, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, q, k_ptr, v_ptr, table_ptr, position, keys, group, split,
         open_tiles, tiles.to(tl.int32), scale, first_key, window,
-        G, D, PAGE, True, WINDOWED, SPLITS, CHUNK, DOT, BLOCK_N, BLOCK_D,
+        G, D, PAGE, True, WINDOWED, False, SPLITS, CHUNK, DOT, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     finish(
         acc, top, total, out_ptr, part_ptr, lse_ptr, row * (G * RATIO) + head, live, d, split,
@@ -285,7 +298,7 @@ def attention_dense(
     rows, heads, dim = q.shape
     groups, ratio, per_seq = k_cache.shape[2], heads // k_cache.shape[2], rows // batch
     pairs = power_of_2(per_seq * ratio, 16)
-    launch = settings("attention_decode" if pairs == 16 else "attention_verify", q)
+    launch = settings(f"attention_{attention_regime(pairs)}", q)
     chunk = launch.pop("CHUNK")
     limit = launch.pop("SPLITS")
     # Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
@@ -294,6 +307,8 @@ def attention_dense(
     part, lse = parts(q, splits)
     _attention_kernel[(cdiv(per_seq, block_m // ratio), groups * splits, batch)](
         q,
+        k_cache,
+        v_cache,
         k_cache,
         v_cache,
         out,
@@ -316,6 +331,7 @@ def attention_dense(
         PAGE=k_cache.shape[1],
         RAGGED=False,
         WINDOWED=window is not None,
+        DESCRIBED=False,
         SPLITS=splits,
         CHUNK=chunk,
         DOT=dot_dtype(q.dtype),
@@ -382,10 +398,12 @@ def attention_dense_ragged(
     ratio = q.shape[1] // groups
     launch = settings("attention_prefill", q)
     block_m = max(launch.pop("BLOCK_M"), power_of_2(ratio))
+    open_caches = described(q, k_cache, v_cache, launch)
     _attention_kernel[(cdiv(max(q_lens), block_m // ratio), groups, len(q_lens))](
         q,
         k_cache,
         v_cache,
+        *open_caches,
         out,
         out,
         out,
@@ -459,6 +477,22 @@ def check(
         seq_lens=seq_lens,
         scale=scale,
     )
+
+
+def described(q: Tensor, k_cache: Tensor, v_cache: Tensor, launch: Settings) -> list[object]:
+    """The two caches, or where ``launch`` says DESCRIBED and their tiles can be copied as they are,
+    each as a descriptor [slots, G * D]; DESCRIBED then says which."""
+    groups, dim = k_cache.shape[2:]
+    caches = [k_cache, v_cache]
+    launch["DESCRIBED"] = (
+        bool(launch.get("DESCRIBED", 0))
+        and k_cache.dtype == q.dtype
+        and dim == power_of_2(dim, 16)
+        and all(cache.data_ptr() % 16 == 0 for cache in caches)
+    )
+    if not launch["DESCRIBED"]:
+        return [*caches]
+    return [descriptor(c.view(-1, groups * dim), [launch["BLOCK_N"], dim]) for c in caches]
 
 
 def parts(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from eaglerun.kernels.attention_dense import (
     LOG2_E,
     attend_tile,
     check,
+    described,
     finish,
     merge_kernel,
     parts,
@@ -29,10 +30,52 @@ from eaglerun.kernels.reference import attention_sparse as reference
 
 
 @jit
+def _walk(
+    acc, top, total, q, k_ptr, v_ptr, chosen_ptr, table_ptr, slots, keys, group, first, last, scale,
+    G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIBED: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Tiles first .. last of the blocks chosen. Not MASKED: their keys are all there.
+    DESCRIBED: as in attention_dense."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    for i in range(first, last):
+        if PAGE % BLOCK_N == 0:
+            c = tl.load(chosen_ptr + i * BLOCK_N // PAGE)
+            start = i * BLOCK_N % PAGE
+            offset = start + n
+            t = tl.maximum(c, 0) * PAGE + offset
+            held = t < tl.where(c >= 0, keys, 0)
+            block = tl.load(table_ptr + c, mask=(c >= 0) & (keys > 0), other=0)
+        else:
+            at = i * BLOCK_N + n
+            c = tl.load(chosen_ptr + at // PAGE, mask=at < slots * PAGE, other=-1)
+            offset = at % PAGE
+            t = c * PAGE + offset
+            held = (c >= 0) & (t < keys)
+            block = tl.load(table_ptr + c, mask=held, other=0)
+        if DESCRIBED:
+            row = block * PAGE + start
+            k = k_ptr.load([row, group * D]).to(DOT)
+            v = v_ptr.load([row, group * D]).to(DOT)
+        else:
+            at = ((block.to(tl.int64) * PAGE + offset) * G + group)[:, None] * D + d[None, :]
+            there = (d < D)[None, :]
+            if MASKED:
+                there = there & held[:, None]
+            k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
+            v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
+        acc, top, total = attend_tile(acc, top, total, q, k, v, held[None, :], scale, MASKED, DOT)
+    return acc, top, total
+
+
+@jit
 def _attention_sparse_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    open_k_ptr,
+    open_v_ptr,
     out_ptr,
     part_ptr,
     lse_ptr,
@@ -54,12 +97,16 @@ def _attention_sparse_kernel(
     RAGGED: tl.constexpr,
     SPLITS: tl.constexpr,
     PER_SPLIT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """One row's heads of one group over its selection, or over a split of it. open_k_ptr and
+    open_v_ptr: the caches for tiles without a mask, DESCRIBED as in attention_dense."""
     begin(OVERLAP)
     group = tl.program_id(1) % G
     split = tl.program_id(1) // G
@@ -83,28 +130,25 @@ def _attention_sparse_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    n = tl.arange(0, BLOCK_N)
-    chosen = ids_ptr + (row * G + group) * topk + split * PER_SPLIT
+    chosen_ptr = ids_ptr + (row * G + group) * topk + split * PER_SPLIT
+    table_ptr = tables_ptr + b * table_row
     slots = tl.minimum(topk - split * PER_SPLIT, PER_SPLIT)
-    for i in range(0, (slots * PAGE + BLOCK_N - 1) // BLOCK_N):
-        if PAGE % BLOCK_N == 0:
-            c = tl.load(chosen + i * BLOCK_N // PAGE)
-            offset = i * BLOCK_N % PAGE + n
-            t = tl.maximum(c, 0) * PAGE + offset
-            held = t < tl.where(c >= 0, keys, 0)
-            block = tl.load(tables_ptr + b * table_row + c, mask=(c >= 0) & (keys > 0), other=0)
-        else:
-            at = i * BLOCK_N + n
-            c = tl.load(chosen + at // PAGE, mask=at < slots * PAGE, other=-1)
-            offset = at % PAGE
-            t = c * PAGE + offset
-            held = (c >= 0) & (t < keys)
-            block = tl.load(tables_ptr + b * table_row + c, mask=held, other=0)
-        at = ((block.to(tl.int64) * PAGE + offset) * G + group)[:, None] * D + d[None, :]
-        there = held[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
-        v = tl.load(v_ptr + at, mask=there, other=0.0).to(DOT)
-        acc, top, total = attend_tile(acc, top, total, q, k, v, held[None, :], scale, True, DOT)
+    tiles = (slots * PAGE + BLOCK_N - 1) // BLOCK_N
+    open_tiles = 0
+    if RAGGED and PAGE % BLOCK_N == 0:
+        # Blocks that the row sees whole need no mask: all but the last, of a selection in order.
+        s = tl.arange(0, BLOCK_S)
+        c = tl.load(chosen_ptr + s, mask=s < slots, other=-1)
+        whole = (c >= 0) & ((c + 1) * PAGE <= keys)
+        open_tiles = tl.min(tl.where(whole, slots, s), axis=0) * (PAGE // BLOCK_N)
+        acc, top, total = _walk(
+            acc, top, total, q, open_k_ptr, open_v_ptr, chosen_ptr, table_ptr, slots, keys, group,
+            0, open_tiles, scale, G, D, PAGE, False, DESCRIBED, DOT, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, top, total = _walk(
+        acc, top, total, q, k_ptr, v_ptr, chosen_ptr, table_ptr, slots, keys, group,
+        open_tiles, tiles, scale, G, D, PAGE, True, False, DOT, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     finish(
         acc, top, total, out_ptr, part_ptr, lse_ptr, row * (G * RATIO) + head, live, d, split,
         D, SPLITS,
@@ -372,10 +416,12 @@ def _launch(
     if splits > 1:
         splits = 4 * cdiv(splits, 4)  # as attention_dense's
     part, lse = parts(q, splits)
+    open_caches = described(q, k_cache, v_cache, launch)
     _attention_sparse_kernel[(per_seq, groups * splits, batch)](
         q,
         k_cache,
         v_cache,
+        *open_caches,
         out,
         part,
         lse,
@@ -399,6 +445,7 @@ def _launch(
         PER_SPLIT=per_split,
         DOT=dot_dtype(q.dtype),
         BLOCK_M=power_of_2(heads // groups, least),
+        BLOCK_S=power_of_2(topk),
         BLOCK_D=power_of_2(dim, 16),
         **launch,
     )

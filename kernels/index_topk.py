@@ -25,6 +25,34 @@ INIT_SCORE, LOCAL_SCORE, NO_SCORE = 1e30, 1e29, -1e30
 
 
 @jit
+def _walk(
+    q, k_ptr, out_ptr, table_ptr, position, live, keys, first, last,
+    MASKED: tl.constexpr, NO_SCORE: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of blocks first .. last. Not MASKED: every row sees all of their keys."""
+    n = tl.arange(0, BLOCK_P)
+    d = tl.arange(0, BLOCK_D)
+    for c in range(first, last):
+        t = c * PAGE + n
+        held = (n < PAGE) & (t < keys)
+        block = tl.load(table_ptr + c, mask=c * PAGE < keys, other=0)
+        at = (block.to(tl.int64) * PAGE + n)[:, None] * D + d[None, :]
+        there = (d < D)[None, :]
+        if MASKED:
+            there = there & held[:, None]
+        k = tl.load(k_ptr + at, mask=there, other=0.0).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            visible = held[None, :] & (t[None, :] <= position[:, None])
+            scores = tl.where(visible, scores, NO_SCORE)
+        best = tl.max(scores, axis=1)
+        # Zero, or NaN where one score is NaN: such a block has none, as in the reference.
+        nothing = tl.sum(scores * 0.0, axis=1)
+        tl.store(out_ptr + c, tl.where(nothing == 0.0, best, NO_SCORE), mask=live)
+
+
+@jit
 def _block_scores_kernel(
     q_ptr,
     k_ptr,
@@ -81,20 +109,21 @@ def _block_scores_kernel(
     d = tl.arange(0, BLOCK_D)
     q_at = row[:, None] * q_row + (m % G)[:, None] * D + d[None, :]
     q = tl.load(q_ptr + q_at, mask=live[:, None] & (d < D)[None, :], other=0.0).to(DOT)
-    n = tl.arange(0, BLOCK_P)
-    for c in range(first, last):
-        t = c * PAGE + n
-        held = (n < PAGE) & (t < keys)
-        block = tl.load(tables_ptr + b * table_row + c, mask=c * PAGE < keys, other=0)
-        at = (block.to(tl.int64) * PAGE + n)[:, None] * D + d[None, :]
-        k = tl.load(k_ptr + at, mask=held[:, None] & (d < D)[None, :], other=0.0).to(DOT)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        visible = held[None, :] & (t[None, :] <= position[:, None])
-        # A block with a NaN in it has no score, as in the reference.
-        broken = tl.max(tl.where(visible & (scores != scores), 1, 0), axis=1)
-        best = tl.max(tl.where(visible & (scores == scores), scores, NO_SCORE), axis=1)
-        best = tl.where(broken > 0, NO_SCORE, best)
-        tl.store(scores_ptr + (row * G + m % G) * columns + c, best, mask=live)
+    out_ptr = scores_ptr + (row * G + m % G) * columns
+    table_ptr = tables_ptr + b * table_row
+    masked = first
+    if RAGGED and PAGE == BLOCK_P:
+        # Blocks that every row sees whole need no mask.
+        seen = tl.minimum(tl.min(tl.where(live, position, keys), axis=0).to(tl.int64) + 1, keys)
+        masked = tl.maximum(first, tl.minimum(seen // PAGE, last)).to(tl.int32)
+        _walk(
+            q, k_ptr, out_ptr, table_ptr, position, live, keys, first, masked,
+            False, NO_SCORE, D, PAGE, DOT, BLOCK_P, BLOCK_D,
+        )  # fmt: skip
+    _walk(
+        q, k_ptr, out_ptr, table_ptr, position, live, keys, masked, last,
+        True, NO_SCORE, D, PAGE, DOT, BLOCK_P, BLOCK_D,
+    )  # fmt: skip
 
 
 @jit
@@ -187,8 +216,9 @@ def block_scores(
             returns [N, G, ceil(max_seq_len / block_size)]. Di <= 256, G <= 64.
     Dtypes  index_q bf16, fp16 or fp32; the cache the same, bf16 or fp8 (e4m3fn, scale 1), cast
             to index_q.dtype as it is read; products and sums in fp32, returned so.
-    Error   1e-5 of |q| |k|. A row's bits do not depend on other sequences, and in a
-            batch-invariant engine (launch.invariant) not on Q, nor in a chunk on the rows beside.
+    Error   1e-5 of |q| |k|; a block with a product beyond fp32 may count as one with a NaN. A
+            row's bits do not depend on other sequences, and in a batch-invariant engine
+            (launch.invariant) not on Q, nor in a chunk on the rows beside.
     Raises  ValueError when N is no multiple of B, and on another shape, stride or dtype.
     Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
     """

@@ -1,6 +1,7 @@
 """How each kernel is launched on each kind of device: the one place that knows architectures.
 
-A row holds tile sizes (upper case, as the kernel names them), num_warps and num_stages. A name
+A row holds tile sizes (upper case, as the kernel names them), num_warps, num_stages and, where
+a kernel needs one, the limit of registers a thread (maxnreg). A name
 with "/4" is for elements of four bytes, where tiles of the two-byte row would not fit. One with
 "/invariant" holds what a batch-invariant engine takes otherwise, where the plain row would add in
 another order for another number of rows. The table was measured on an H200
@@ -43,20 +44,30 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
         "num_warps": 4, "num_stages": 2,
     },
     "attention_verify": {
-        "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 128, "BLOCK_N": 64,
+        "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 64, "BLOCK_N": 64,
         "num_warps": 4, "num_stages": 2,
     },
-    "attention_prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "attention_verify_wide": {
+        "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 128, "BLOCK_N": 64,
+        "num_warps": 8, "num_stages": 2, "maxnreg": 128,
+    },
+    # With so few registers two of its programs share a multiprocessor, as of those below.
+    "attention_prefill": {
+        "BLOCK_M": 128, "BLOCK_N": 64, "DESCRIBED": 1,
+        "num_warps": 8, "num_stages": 2, "maxnreg": 128,
+    },
     "attention_sparse_decode": {
         "MERGED": 1, "CHUNK": 256, "MIN_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2,
     },
-    "attention_sparse_prefill": {"SHARE": 0, "BLOCK_N": 64, "num_warps": 1, "num_stages": 2},
+    "attention_sparse_prefill": {
+        "SHARE": 0, "BLOCK_N": 32, "DESCRIBED": 1, "num_warps": 1, "num_stages": 2,
+    },
     "attention_sparse_union": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "index_scores_decode": {
         "MIN_M": 16, "MAX_M": 64, "PAGES": 1, "num_warps": 4, "num_stages": 2,
     },
     "index_scores_prefill": {
-        "MIN_M": 16, "MAX_M": 128, "PAGES": 4, "num_warps": 4, "num_stages": 2,
+        "MIN_M": 16, "MAX_M": 128, "PAGES": 16, "num_warps": 8, "num_stages": 2, "maxnreg": 128,
     },
     "route_logits_few": {
         "SPLITS": 24, "BLOCK_T": 16, "BLOCK_E": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1,
@@ -65,7 +76,7 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
         "SPLITS": 24, "BLOCK_T": 64, "BLOCK_E": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1,
     },
     "route_logits_many": {
-        "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3,
+        "SPLITS": 8, "BLOCK_T": 128, "BLOCK_E": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3,
     },
     "linear_narrow": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 6},
     "linear_few": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
@@ -102,7 +113,7 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
 }  # fmt: skip
 
 _ROUTE_INVARIANT: Settings = {
-    "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_stages": 1,
+    "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1,
 }  # fmt: skip
 # Attention: the tensor cores' 64-row instructions for any number of rows, chunks of the same keys
 # dense and selected. Routing: the same splits. MoE: products that no regime rounds.
@@ -110,7 +121,7 @@ _SM_90_INVARIANT: dict[str, Settings] = {
     "attention_decode/invariant": {
         "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,
     },
-    "attention_verify/invariant": {"MIN_M": 64, "MAX_M": 64},
+    "attention_verify/invariant": {"MIN_M": 64},
     "attention_sparse_decode/invariant": {"MERGED": 32, "MIN_M": 64, "BLOCK_N": 64},
     "attention_sparse_prefill/invariant": {"SHARE": 1},
     "index_scores_decode/invariant": {"MAX_M": 32},
@@ -126,9 +137,12 @@ _WIDE: dict[str, Settings] = {
         "SPLITS": 64, "CHUNK": 128, "MIN_M": 16, "MAX_M": 16, "BLOCK_N": 32,
         "num_warps": 4, "num_stages": 1,
     },
-    "attention_verify/4": {
-        "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 64, "BLOCK_N": 32,
-        "num_warps": 4, "num_stages": 1,
+    **{
+        f"attention_{regime}/4": {
+            "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 64, "BLOCK_N": 32,
+            "num_warps": 4, "num_stages": 1,
+        }
+        for regime in ("verify", "verify_wide")
     },
     "attention_prefill/4": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     "attention_sparse_decode/4": {
@@ -167,9 +181,12 @@ _AMD: dict[str, Settings] = _EVERYWHERE | {
         "SPLITS": 64, "CHUNK": 128, "MIN_M": 16, "MAX_M": 16, "BLOCK_N": 64,
         "num_warps": 4, "num_stages": 1,
     },
-    "attention_verify": {
-        "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 64, "BLOCK_N": 64,
-        "num_warps": 4, "num_stages": 1,
+    **{
+        f"attention_{regime}": {
+            "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 64, "BLOCK_N": 64,
+            "num_warps": 4, "num_stages": 1,
+        }
+        for regime in ("verify", "verify_wide")
     },
     "attention_prefill": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
     "attention_sparse_decode": {
@@ -337,6 +354,14 @@ def changed(name: str, **values: int) -> Iterator[None]:
 
 
 # Which row of the table a kernel takes, where several are for it.
+
+
+def attention_regime(pairs: int) -> str:
+    """decode: as many (row, query head) pairs of a KV group as one 16-row instruction holds;
+    verify: as the tensor cores' 64-row ones; verify_wide: more."""
+    if pairs <= 16:
+        return "decode"
+    return "verify" if pairs <= 64 else "verify_wide"
 
 
 def moe_regime(x: Tensor, pairs: int, experts: int) -> str:

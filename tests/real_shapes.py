@@ -51,7 +51,7 @@ def calls(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator
     yield from _rowwise(new, ints)
     for cache in (dtype, torch.float8_e4m3fn):
         yield from _stores(new, ints, cache)
-        for rows, batch, blocks in ((1, 1, 16), (32, 4, 8192)):
+        for rows, batch, blocks in ((1, 1, 16), (16, 4, 16), (32, 4, 8192)):
             yield from _attention(new, ints, rows, batch, blocks, cache)
         yield from _prefill(new, ints, cache)
     for rows in (1, 4, 256, 2048, 8192):

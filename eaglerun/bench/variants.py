@@ -146,9 +146,11 @@ GROUPS_OF_CASES = (
             "table": {},
             "as of more rows": {
                 "route_logits_some": {
-                    "SPLITS": 8, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 64, "num_stages": 3,
+                    "SPLITS": 8, "BLOCK_T": 128, "BLOCK_E": 64, "BLOCK_K": 64,
+                    "num_warps": 8, "num_stages": 3,
                 },
             },
+            "32 rows a tile": {"route_logits_many": {"BLOCK_T": 32, "num_warps": 4}},
         },
     ),
     Group(
@@ -187,16 +189,29 @@ GROUPS_OF_CASES = (
     Group(
         ("attention_dense_ragged",),
         prefill_cases,
-        {"table": {}}
+        {"table": {}, "keys by address": {"attention_prefill": {"DESCRIBED": 0}}}
         | {
-            f"{rows} rows x {keys} keys, {warps} warps, {stages} stages": {
+            f"{rows} x {keys}, {warps} warps, {stages} stages, {registers} registers": {
                 "attention_prefill": {
                     "BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages,
+                    "maxnreg": registers,
                 },
             }
-            for rows, keys, warps, stages in (
-                (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2), (256, 64, 8, 3),
+            for rows, keys, warps, stages, registers in (
+                (64, 64, 4, 3, 255), (128, 64, 4, 3, 255), (128, 64, 8, 2, 255),
+                (128, 64, 8, 3, 128), (128, 128, 8, 2, 255),
             )
+        },
+    ),
+    Group(
+        ("index_topk_ragged",),
+        prefill_cases,
+        {"table": {}}
+        | {
+            f"{pages} blocks, {warps} warps": {
+                "index_scores_prefill": {"PAGES": pages, "num_warps": warps, "maxnreg": registers},
+            }
+            for pages, warps, registers in ((4, 4, 255), (16, 4, 255), (4, 8, 128), (8, 8, 128))
         },
     ),
     Group(
@@ -204,6 +219,9 @@ GROUPS_OF_CASES = (
         prefill_cases,
         {
             "table": {},
+            "keys by address": {"attention_sparse_prefill": {"DESCRIBED": 0}},
+            "64 keys": {"attention_sparse_prefill": {"BLOCK_N": 64}},
+            "3 stages": {"attention_sparse_prefill": {"num_stages": 3}},
             "shared, 64 x 64": {"attention_sparse_prefill": {"SHARE": 1}},
             "shared, 64 x 128": {
                 "attention_sparse_prefill": {"SHARE": 1},

@@ -4,6 +4,7 @@ from compare import compare
 from paged import paged
 
 from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
+from eaglerun.kernels.launch import attention_regime, changed
 
 LENGTHS = (5, 0, 261, 67)
 
@@ -86,6 +87,29 @@ def test_ragged(block_size, heads, groups, device):
     out = compare(attention_dense_ragged, q, *kv.caches, *where, 0.2)
     assert out[-3:].eq(0).all()
     compare(attention_dense_ragged, q, *kv.caches, *where, 0.2, 1, 9)
+
+
+@pytest.mark.parametrize("groups, dim", [(2, 128), (1, 16), (3, 24)])
+def test_tiles_copied_by_descriptor(groups, dim, device):
+    """Keys and values through tensor descriptors, where they can be, are those by address."""
+    shape = (groups, dim)
+    kv = paged((300, 129), 128, shape, shape, dtype=torch.bfloat16, device=device)
+    q_lens = (9, 2)
+    positions, sums = kv.ragged(q_lens, 1)
+    q = torch.randn(len(positions), 4 * groups, dim, device=device).bfloat16()
+    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
+    outs = []
+    for described in (0, 1):
+        with changed("attention_prefill", DESCRIBED=described):
+            out = compare(attention_dense_ragged, q, *kv.caches, *where, 0.2, ulps=4, floor=0.1)
+        outs.append(out)
+    assert torch.equal(*outs)
+
+
+def test_regimes():
+    assert [attention_regime(n) for n in (16, 32, 64, 128)] == [
+        "decode", "verify", "verify", "verify_wide",
+    ]  # fmt: skip
 
 
 def test_raises(device):

@@ -113,6 +113,28 @@ def test_rows_that_share_a_program(heads, topk, device):
             same_bits(some, shared[cut:])
 
 
+@pytest.mark.parametrize("dim", [128, 24])
+def test_tiles_copied_by_descriptor(dim, device):
+    """Selections in any order, with unused slots between: blocks before the first that a row does
+    not see whole need no mask, and come through descriptors where they can."""
+    kv = paged((700, 129), 64, (2, dim), (2, dim), dtype=torch.bfloat16, device=device)
+    q_lens = (9, 2)
+    positions, sums = kv.ragged(q_lens, 1)
+    ids = selection(positions, 2, 64, 7)
+    for row in ids[1:]:
+        row[:] = row[:, torch.randperm(7)]
+    q = torch.randn(len(positions), 8, dim, device=device).bfloat16()
+    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
+    outs = []
+    for described in (0, 1):
+        with changed("attention_sparse_prefill", DESCRIBED=described):
+            out = compare(
+                attention_sparse_ragged, q, *kv.caches, ids, *where, 0.2, ulps=4, floor=0.1
+            )
+        outs.append(out)
+    assert torch.equal(*outs)
+
+
 def test_ragged_fp8(device):
     kv = paged((50, 9), 16, (2, 16), (2, 16), dtype=torch.float8_e4m3fn, device=device)
     q_lens = (5, 2)

@@ -54,6 +54,17 @@ def test_ragged(block_size, device):
     assert out[-3:].eq(-1).all()
 
 
+def test_a_broken_key_in_a_block_that_all_rows_see(device):
+    """Blocks behind every row of a chunk are scored without a mask."""
+    kv = paged((70,), 16, (32,), dtype=torch.bfloat16, device=device)
+    kv.caches[0][kv.block_tables[0, 1].long(), 5] = float("nan")
+    positions, sums = kv.ragged((4,), 0)
+    q = torch.randn(4, 2, 32, device=device).bfloat16()
+    where = (positions, kv.block_tables, kv.seq_lens, sums, (4,), kv.max_seq_len)
+    ids = compare(index_topk_ragged, q, kv.caches[0], *where, 4, 0, 1)
+    assert not ids.eq(1).any()
+
+
 @pytest.mark.parametrize("columns", [1, 17, 1300])
 @pytest.mark.parametrize("init_blocks, local_blocks", [(0, 1), (2, 0), (3, 2)])
 def test_topk_of_equal_scores(columns, init_blocks, local_blocks, device):
