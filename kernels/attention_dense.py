@@ -298,7 +298,7 @@ def attention_dense(
     rows, heads, dim = q.shape
     groups, ratio, per_seq = k_cache.shape[2], heads // k_cache.shape[2], rows // batch
     pairs = power_of_2(per_seq * ratio, 16)
-    launch = settings(f"attention_{attention_regime(pairs)}", q)
+    launch = _launch(attention_regime(pairs), q)
     chunk = launch.pop("CHUNK")
     limit = launch.pop("SPLITS")
     # Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
@@ -396,9 +396,10 @@ def attention_dense_ragged(
         return out
     dim, groups = q.shape[2], k_cache.shape[2]
     ratio = q.shape[1] // groups
-    launch = settings("attention_prefill", q)
+    launch = _launch("prefill", q)
     block_m = max(launch.pop("BLOCK_M"), power_of_2(ratio))
-    open_caches = described(q, k_cache, v_cache, launch)
+    open_tiles = k_cache.shape[1] % launch["BLOCK_N"] == 0 and window is None and first_key < 1
+    open_caches = described(q, k_cache, v_cache, launch, open_tiles)
     _attention_kernel[(cdiv(max(q_lens), block_m // ratio), groups, len(q_lens))](
         q,
         k_cache,
@@ -432,6 +433,15 @@ def attention_dense_ragged(
         **launch,
     )
     return out
+
+
+def _launch(regime: str, q: Tensor) -> Settings:
+    """The table's row, whose limit of registers is for at most 128 columns: a tile of more would
+    not compile."""
+    launch = settings(f"attention_{regime}", q)
+    if q.shape[2] > 128:
+        launch.pop("maxnreg", None)
+    return launch
 
 
 # Shared with attention_sparse.
@@ -479,13 +489,17 @@ def check(
     )
 
 
-def described(q: Tensor, k_cache: Tensor, v_cache: Tensor, launch: Settings) -> list[object]:
-    """The two caches, or where ``launch`` says DESCRIBED and their tiles can be copied as they are,
-    each as a descriptor [slots, G * D]; DESCRIBED then says which."""
+def described(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, launch: Settings, open_tiles: bool
+) -> list[object]:
+    """The caches for tiles without a mask, of which there are any with ``open_tiles``: as they
+    are, or where ``launch`` says DESCRIBED and their tiles can be copied, each as a descriptor
+    [slots, G * D]. DESCRIBED then says which."""
     groups, dim = k_cache.shape[2:]
     caches = [k_cache, v_cache]
     launch["DESCRIBED"] = (
         bool(launch.get("DESCRIBED", 0))
+        and open_tiles
         and k_cache.dtype == q.dtype
         and dim == power_of_2(dim, 16)
         and all(cache.data_ptr() % 16 == 0 for cache in caches)

@@ -416,7 +416,8 @@ def _launch(
     if splits > 1:
         splits = 4 * cdiv(splits, 4)  # as attention_dense's
     part, lse = parts(q, splits)
-    open_caches = described(q, k_cache, v_cache, launch)
+    open_tiles = ragged and k_cache.shape[1] % launch["BLOCK_N"] == 0
+    open_caches = described(q, k_cache, v_cache, launch, open_tiles)
     _attention_sparse_kernel[(per_seq, groups * splits, batch)](
         q,
         k_cache,

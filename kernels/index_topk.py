@@ -47,7 +47,7 @@ def _walk(
             visible = held[None, :] & (t[None, :] <= position[:, None])
             scores = tl.where(visible, scores, NO_SCORE)
         best = tl.max(scores, axis=1)
-        # Zero, or NaN where one score is NaN: such a block has none, as in the reference.
+        # Zero, or NaN where one score is NaN (or infinite): such a block has none.
         nothing = tl.sum(scores * 0.0, axis=1)
         tl.store(out_ptr + c, tl.where(nothing == 0.0, best, NO_SCORE), mask=live)
 
@@ -216,9 +216,9 @@ def block_scores(
             returns [N, G, ceil(max_seq_len / block_size)]. Di <= 256, G <= 64.
     Dtypes  index_q bf16, fp16 or fp32; the cache the same, bf16 or fp8 (e4m3fn, scale 1), cast
             to index_q.dtype as it is read; products and sums in fp32, returned so.
-    Error   1e-5 of |q| |k|; a block with a product beyond fp32 may count as one with a NaN. A
-            row's bits do not depend on other sequences, and in a batch-invariant engine
-            (launch.invariant) not on Q, nor in a chunk on the rows beside.
+    Error   1e-5 of |q| |k|; a product beyond fp32 counts as a NaN. A row's bits do not depend on
+            other sequences, and in a batch-invariant engine (launch.invariant) not on Q, nor in a
+            chunk on the rows beside.
     Raises  ValueError when N is no multiple of B, and on another shape, stride or dtype.
     Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
     """
@@ -309,7 +309,8 @@ def index_topk(
     Shapes  inputs as block_scores; returns [N, G, topk] int32 as topk_blocks; all -1 for rows
             of padding (position -1).
     Dtypes, Raises  as block_scores.
-    Error   equal to the reference but where two scores are closer than block_scores' error.
+    Error   equal to the reference but where two scores are closer than block_scores' error, and
+            where it counts a product as a NaN.
     """
     scores = _scores(
         "index_topk",
@@ -421,6 +422,10 @@ def _scores(
     launch = settings("index_scores_prefill" if ragged else "index_scores_decode", index_q)
     pairs = min(power_of_2(per_seq * groups), launch.pop("MAX_M"))
     block_m = max(pairs, launch.pop("MIN_M"), power_of_2(groups))
+    block_p = power_of_2(page, 16)
+    if block_p > 128:
+        # The table's limit of registers is for as many keys: a tile of more would not compile.
+        launch.pop("maxnreg", None)
     _block_scores_kernel[(cdiv(columns, launch["PAGES"]), cdiv(per_seq, block_m // groups), batch)](
         index_q,
         index_k_cache,
@@ -441,7 +446,7 @@ def _scores(
         FILL=fill,
         DOT=dot_dtype(index_q.dtype),
         BLOCK_M=block_m,
-        BLOCK_P=power_of_2(page, 16),
+        BLOCK_P=block_p,
         BLOCK_D=power_of_2(dim, 16),
         **launch,
     )

@@ -114,9 +114,7 @@ def require(fits: bool, name: str, /, **tensors: object) -> None:
 
 
 # What a launch that does not fit the device, or does not compile, raises.
-LAUNCH_ERRORS: tuple[type[Exception], ...] = (
-    (triton.OutOfResources, triton.CompilationError) if INSTALLED else ()
-)
+LAUNCH_ERRORS: tuple[type[Exception], ...] = (triton.TritonError,) if INSTALLED else ()
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # What a cache may be besides the dtype of the queries. fp8 holds values at scale 1.
 CACHES = (torch.bfloat16, torch.float8_e4m3fn)

@@ -1,11 +1,11 @@
 """How each kernel is launched on each kind of device: the one place that knows architectures.
 
-A row holds tile sizes (upper case, as the kernel names them), num_warps, num_stages and, where
-a kernel needs one, the limit of registers a thread (maxnreg). A name
-with "/4" is for elements of four bytes, where tiles of the two-byte row would not fit. One with
-"/invariant" holds what a batch-invariant engine takes otherwise, where the plain row would add in
-another order for another number of rows. The table was measured on an H200
-(recipes/kernels-h200.md); the AMD rows are compiled and fit, not timed.
+A row holds tile sizes and switches (upper case, as the kernel names them), num_warps, num_stages
+and, where a kernel needs one, a limit of registers a thread (maxnreg). A name with "/4" is for
+elements of four bytes, where tiles of the two-byte row would not fit. One with "/invariant" holds
+what a batch-invariant engine takes otherwise, where the plain row would add in another order for
+another number of rows. The table was measured on an H200 (recipes/kernels-h200.md); the AMD rows
+are compiled and fit, not timed.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
         "SPLITS": 32, "CHUNK": 256, "MIN_M": 16, "MAX_M": 128, "BLOCK_N": 64,
         "num_warps": 8, "num_stages": 2, "maxnreg": 128,
     },
-    # With so few registers two of its programs share a multiprocessor, as of those below.
+    # At 128 registers a thread two programs of 8 warps share a multiprocessor.
     "attention_prefill": {
         "BLOCK_M": 128, "BLOCK_N": 64, "DESCRIBED": 1,
         "num_warps": 8, "num_stages": 2, "maxnreg": 128,
@@ -115,8 +115,9 @@ _SM_90: dict[str, Settings] = _EVERYWHERE | {
 _ROUTE_INVARIANT: Settings = {
     "SPLITS": 24, "BLOCK_T": 32, "BLOCK_E": 64, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1,
 }  # fmt: skip
-# Attention: the tensor cores' 64-row instructions for any number of rows, chunks of the same keys
-# dense and selected. Routing: the same splits. MoE: products that no regime rounds.
+# Attention: the tensor cores' 64-row instructions for any number of rows (attention_verify_wide
+# takes two of them), chunks of the same keys dense and selected. Routing: the same splits. MoE:
+# products that no regime rounds.
 _SM_90_INVARIANT: dict[str, Settings] = {
     "attention_decode/invariant": {
         "SPLITS": 32, "CHUNK": 256, "MIN_M": 64, "MAX_M": 64, "BLOCK_N": 64,

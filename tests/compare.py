@@ -36,7 +36,8 @@ def close(
     assert torch.equal(a.isnan(), e.isnan()), "NaN where the other has none"
     if a.dtype == torch.float8_e4m3fn:
         steps = (_rank_of_fp8(a) - _rank_of_fp8(e)).abs()
-        assert steps.max() <= 1 and steps.double().mean() <= 0.01, (a, e)
+        written = steps[~e.isnan()].double()
+        assert steps.max() <= 1 and written.sum() <= 0.01 * len(written), (a, e)
         return
     a, e, dtype = a.double().nan_to_num(), e.double().nan_to_num(), a.dtype
     if not a.numel():

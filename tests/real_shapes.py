@@ -64,6 +64,22 @@ def calls(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator
         yield moe_gemm, (x, w13, w2, ids, weights, 1.702, 7.0, 1.0, *shared)
 
 
+def widest(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator[Call]:
+    """What limits a tile's registers: heads of 256, blocks of 256 keys."""
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    tables, one, two = (new(*s, dtype=torch.int32) for s in ((4, 64), (4,), (5,)))
+    k = new(64, BLOCK, GROUPS, 256)
+    q, positions = new(32, HEADS, 256), new(32, dtype=torch.int64)
+    yield attention_dense, (q, k, k, positions, tables, one, 8192, 0.1)
+    chunk = (positions, tables, one, two, (8,) * 4, 8192)
+    yield attention_dense_ragged, (q, k, k, *chunk, 0.1)
+    index_q, index_k = new(32, 16, INDEX_DIM), new(64, 256, INDEX_DIM)
+    yield index_topk_ragged, (index_q, index_k, *chunk, TOPK, 0, 1)
+
+
 def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     x, weight = new(4, HIDDEN), new(HIDDEN)
     yield add_gemma_rmsnorm, (x, x, weight, 1e-6)

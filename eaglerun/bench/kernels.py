@@ -283,6 +283,7 @@ def decode_attention_cases() -> Iterator[Case]:
         (1, 4, 1280, GROUPS),
         (64, 1, 1280, GROUPS),
         (64, 4, 1280, GROUPS),
+        (64, 8, 1280, GROUPS),
         (1, 1, 131072, GROUPS),
         (8, 4, 32768, GROUPS),
         (1, 1, 1280, HEADS),

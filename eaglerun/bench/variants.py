@@ -159,6 +159,7 @@ GROUPS_OF_CASES = (
             "attention_dense b=1 q=4",
             "attention_dense b=64 q=1",
             "attention_dense b=64 q=4",
+            "attention_dense b=64 q=8",
             "attention_dense b=8 q=",
             "attention_sparse b=",
         ),
@@ -167,7 +168,10 @@ GROUPS_OF_CASES = (
         | {
             f"tiles of {keys} keys, {stages} stages": {
                 name: {"BLOCK_N": keys, "num_stages": stages}
-                for name in ("attention_decode", "attention_verify", "attention_sparse_decode")
+                for name in (
+                    "attention_decode", "attention_verify", "attention_verify_wide",
+                    "attention_sparse_decode",
+                )
             }
             for keys, stages in ((32, 3), (32, 4), (64, 1), (64, 2), (64, 3), (128, 1), (128, 2))
         },

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import triton
-from real_shapes import calls
+from real_shapes import calls, widest
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -55,7 +55,9 @@ def main(arch: str, dtype: str = "bfloat16") -> None:
     # Overlapping is the same programs with two instructions more, where the device knows them.
     launch = eaglerun.kernels.launch
     with launch.for_arch(arch), launch.overlapping(True):
-        for op, arguments in calls(getattr(torch, dtype)):
+        # Registers are limited where a thread has at most 255.
+        wide = widest(getattr(torch, dtype)) if arch.startswith("sm_") else ()
+        for op, arguments in (*calls(getattr(torch, dtype)), *wide):
             op.kernel(*arguments)
             with launch.invariant(True):
                 op.kernel(*arguments)

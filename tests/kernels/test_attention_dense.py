@@ -3,7 +3,11 @@ import torch
 from compare import compare
 from paged import paged
 
-from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
+from eaglerun.kernels.attention_dense import (
+    attention_dense,
+    attention_dense_ragged,
+    described,
+)
 from eaglerun.kernels.launch import attention_regime, changed
 
 LENGTHS = (5, 0, 261, 67)
@@ -99,11 +103,44 @@ def test_tiles_copied_by_descriptor(groups, dim, device):
     q = torch.randn(len(positions), 4 * groups, dim, device=device).bfloat16()
     where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
     outs = []
-    for described in (0, 1):
-        with changed("attention_prefill", DESCRIBED=described):
+    for by_descriptor in (0, 1):
+        with changed("attention_prefill", DESCRIBED=by_descriptor):
             out = compare(attention_dense_ragged, q, *kv.caches, *where, 0.2, ulps=4, floor=0.1)
         outs.append(out)
     assert torch.equal(*outs)
+
+
+def test_what_a_descriptor_can_be_of(device):
+    def can(dtype, groups, dim, offset=0, open_tiles=True, cache_dtype=torch.bfloat16):
+        flat = torch.zeros(offset + 2 * 64 * groups * dim, device=device).to(cache_dtype)
+        cache = flat[offset:].view(2, 64, groups, dim)
+        launch = {"DESCRIBED": 1, "BLOCK_N": 64}
+        q = torch.zeros(1, groups, dim, dtype=dtype, device=device)
+        found = described(q, cache, cache, launch, open_tiles)
+        assert launch["DESCRIBED"] == all(not isinstance(c, torch.Tensor) for c in found)
+        return launch["DESCRIBED"]
+
+    assert can(torch.bfloat16, 2, 16) and can(torch.bfloat16, 1, 256)
+    assert not can(torch.bfloat16, 2, 24)
+    assert not can(torch.bfloat16, 2, 8)
+    assert not can(torch.bfloat16, 2, 16, offset=1)
+    assert not can(torch.bfloat16, 2, 16, open_tiles=False)
+    assert not can(torch.bfloat16, 2, 16, cache_dtype=torch.float8_e4m3fn)
+    assert not can(torch.float32, 2, 16)
+
+
+@pytest.mark.parametrize("dim", [16, 256])
+def test_narrow_and_wide_heads_in_bf16(dim, device):
+    """Tiles whose number of registers is limited are compiled for any head."""
+    kv = paged((200, 31), 128, (1, dim), (1, dim), dtype=torch.bfloat16, device=device)
+    positions = kv.uniform(9)
+    q = torch.randn(len(positions), 8, dim, device=device).bfloat16()
+    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    compare(attention_dense, q, *kv.caches, *where, dim**-0.5, ulps=4, floor=0.1)
+    positions, sums = kv.ragged((5, 1), 0)
+    q = torch.randn(len(positions), 8, dim, device=device).bfloat16()
+    where = (positions, kv.block_tables, kv.seq_lens, sums, (5, 1), kv.max_seq_len)
+    compare(attention_dense_ragged, q, *kv.caches, *where, dim**-0.5, ulps=4, floor=0.1)
 
 
 def test_regimes():

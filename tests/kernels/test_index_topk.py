@@ -54,6 +54,27 @@ def test_ragged(block_size, device):
     assert out[-3:].eq(-1).all()
 
 
+def test_more_blocks_than_a_program_takes(device):
+    """Prefill scores 16 blocks a program: the first program's, the last's, and none of a sequence's
+    own."""
+    kv = paged((700, 300, 0, 17), 16, (32,), dtype=torch.bfloat16, device=device)
+    q_lens = (60, 5, 0, 17)
+    positions, sums = kv.ragged(q_lens, 0)
+    q = torch.randn(len(positions), 2, 32, device=device).bfloat16()
+    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
+    compare(index_topk_ragged, q, kv.caches[0], *where, 4, 0, 1)
+
+
+@pytest.mark.parametrize("dim", [32, 256])
+def test_blocks_of_256_keys_in_bf16(dim, device):
+    """Tiles whose number of registers is limited are compiled for any block that an op allows."""
+    kv = paged((700,), 256, (dim,), dtype=torch.bfloat16, device=device)
+    positions, sums = kv.ragged((70,), 0)
+    q = torch.randn(70, 2, dim, device=device).bfloat16()
+    where = (positions, kv.block_tables, kv.seq_lens, sums, (70,), kv.max_seq_len)
+    compare(index_topk_ragged, q, kv.caches[0], *where, 2, 0, 1)
+
+
 def test_a_broken_key_in_a_block_that_all_rows_see(device):
     """Blocks behind every row of a chunk are scored without a mask."""
     kv = paged((70,), 16, (32,), dtype=torch.bfloat16, device=device)
