@@ -422,10 +422,12 @@ def _scores(
     launch = settings("index_scores_prefill" if ragged else "index_scores_decode", index_q)
     pairs = min(power_of_2(per_seq * groups), launch.pop("MAX_M"))
     block_m = max(pairs, launch.pop("MIN_M"), power_of_2(groups))
-    block_p = power_of_2(page, 16)
+    block_p, block_d = power_of_2(page, 16), power_of_2(dim, 16)
     if block_p > 128:
         # The table's limit of registers is for as many keys: a tile of more would not compile.
         launch.pop("maxnreg", None)
+    if block_p * block_d > 1 << 15:
+        launch["num_stages"] = 1  # Two tiles of such keys would not fit.
     _block_scores_kernel[(cdiv(columns, launch["PAGES"]), cdiv(per_seq, block_m // groups), batch)](
         index_q,
         index_k_cache,
@@ -447,7 +449,7 @@ def _scores(
         DOT=dot_dtype(index_q.dtype),
         BLOCK_M=block_m,
         BLOCK_P=block_p,
-        BLOCK_D=power_of_2(dim, 16),
+        BLOCK_D=block_d,
         **launch,
     )
     return scores

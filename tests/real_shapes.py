@@ -76,8 +76,10 @@ def widest(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterato
     yield attention_dense, (q, k, k, positions, tables, one, 8192, 0.1)
     chunk = (positions, tables, one, two, (8,) * 4, 8192)
     yield attention_dense_ragged, (q, k, k, *chunk, 0.1)
-    index_q, index_k = new(32, 16, INDEX_DIM), new(64, 256, INDEX_DIM)
-    yield index_topk_ragged, (index_q, index_k, *chunk, TOPK, 0, 1)
+    for dim in (INDEX_DIM, 256):
+        index_q, index_k = new(32, 16, dim), new(64, 256, dim)
+        yield index_topk_ragged, (index_q, index_k, *chunk, TOPK, 0, 1)
+        yield index_topk, (index_q, index_k, positions, tables, one, 8192, TOPK, 0, 1)
 
 
 def _rowwise(new: Any, ints: Any) -> Iterator[Call]:

@@ -69,6 +69,9 @@ def test_more_blocks_than_a_program_takes(device):
 def test_blocks_of_256_keys_in_bf16(dim, device):
     """Tiles whose number of registers is limited are compiled for any block that an op allows."""
     kv = paged((700,), 256, (dim,), dtype=torch.bfloat16, device=device)
+    q = torch.randn(1, 2, dim, device=device).bfloat16()
+    where = (kv.uniform(1), kv.block_tables, kv.seq_lens, kv.max_seq_len)
+    compare(block_scores, q, kv.caches[0], *where)
     positions, sums = kv.ragged((70,), 0)
     q = torch.randn(70, 2, dim, device=device).bfloat16()
     where = (positions, kv.block_tables, kv.seq_lens, sums, (70,), kv.max_seq_len)
