@@ -11,7 +11,6 @@ row's bits do not depend on it. Nothing here waits for the device: the result do
 """
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -347,7 +346,7 @@ class Runner:
         chunks = plan.prefill
         clock.start()
         batch = self._prefill_batch(chunks)
-        ids = host_tensor(chain.from_iterable(c.token_ids for c in chunks), self.device)
+        ids = host_tensor([t for c in chunks for t in c.token_ids], self.device)
         ends = batch.cu_seqlens_q[1:].long() - 1
         final = [i for i, c in enumerate(chunks) if c.samples]
         with invariant(self.options.batch_invariant):
