@@ -4,8 +4,7 @@ The host may be one step behind, so lengths, newest tokens and drafts live here 
 names slots. The last row of every tensor belongs to the padding slot.
 """
 
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -121,7 +120,8 @@ class StepBuffers:
         """The plan's rows, then padding up to ``batch_size``; no experts yet."""
         self._divide(batch_size)
         padding = batch_size - len(rows)
-        values = _on_host(
+        pinned = self._memory.device.type == "cuda"
+        values = torch.tensor(
             [0]
             + [row.slot_id for row in rows]
             + [self._padding_slot] * padding
@@ -129,7 +129,8 @@ class StepBuffers:
             + [-1] * padding
             + [row.num_propose for row in rows]
             + [0] * padding,
-            self._memory.device,
+            dtype=torch.int64,
+            pin_memory=pinned,
         )
         self._memory[self._middle :][: len(values)].copy_(values, non_blocking=True)
 
@@ -160,19 +161,10 @@ def random_script(vocab_size: int, seed: int, length: int) -> Tensor:
     return torch.randint(vocab_size, (length,), generator=generator)
 
 
-def host_tensor(values: Iterable[int], device: torch.device) -> Tensor:
-    """An int64 tensor [n] of host values on ``device``; the host does not wait for the copy."""
-    return _on_host(values, device).to(device, non_blocking=True)
-
-
-def _on_host(values: Iterable[int], device: torch.device) -> Tensor:
-    """On the host, for a copy to ``device``."""
-    # An array takes a third of the time that torch takes over a list.
-    numbers = array("q", values)
-    if not numbers:
-        return torch.zeros(0, dtype=torch.int64)
-    tensor = torch.frombuffer(numbers, dtype=torch.int64)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+def host_tensor(values: object, device: torch.device) -> Tensor:
+    """An int64 tensor of host values on ``device``; the host does not wait for the copy."""
+    tensor = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -347,7 +347,7 @@ class Runner:
         clock.start()
         batch = self._prefill_batch(chunks)
         ids = host_tensor([t for c in chunks for t in c.token_ids], self.device)
-        ends = batch.cu_seqlens_q[1:].long() - 1
+        ends = host_tensor([end - 1 for end in _running_sum(chunks)[1:]], self.device)
         final = [i for i, c in enumerate(chunks) if c.samples]
         with invariant(self.options.batch_invariant):
             hidden = self.target(ids, batch, self.target_kv, self.aux, None)
@@ -364,12 +364,10 @@ class Runner:
         return Prefilled(to_host(sampled), logprobs, prompt)
 
     def _prefill_batch(self, chunks: tuple[PrefillChunk, ...]) -> AttentionBatch:
-        device, q_lens = self.device, tuple(len(c.token_ids) for c in chunks)
-        sums = host_tensor(_running_sum(chunks), device)
-        rows = torch.arange(sum(q_lens), device=device)
-        seq_ids = torch.searchsorted(sums[1:], rows, right=True)
-        starts = host_tensor([c.start for c in chunks], device)
-        positions = rows + (starts - sums[:-1])[seq_ids]
+        device, sums = self.device, _running_sum(chunks)
+        positions = host_tensor([p for c in chunks for p in range(c.start, c.end)], device)
+        q_lens = tuple(len(c.token_ids) for c in chunks)
+        seq_ids = host_tensor([i for i, n in enumerate(q_lens) for _ in range(n)], device)
         table = self.state.block_table[host_tensor([c.slot_id for c in chunks], device)]
         slots = kv_slots_of(positions[:, None], table[seq_ids], self.options.block_size)
         return AttentionBatch(
@@ -377,7 +375,7 @@ class Runner:
             kv_slots=slots[:, 0],
             seq_ids=seq_ids,
             block_tables=table,
-            cu_seqlens_q=sums.int(),
+            cu_seqlens_q=host_tensor(sums, device).int(),
             seq_lens=host_tensor([c.end for c in chunks], device).int(),
             max_q_len=max(q_lens),
             max_seq_len=max(c.end for c in chunks),
