@@ -51,9 +51,13 @@ def calls(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator
     yield from _rowwise(new, ints)
     for cache in (dtype, torch.float8_e4m3fn):
         yield from _stores(new, ints, cache)
-        for rows, batch, blocks in ((1, 1, 16), (16, 4, 16), (32, 4, 8192)):
+        for rows, batch, blocks in ((1, 1, 16), (32, 4, 8192)):
             yield from _attention(new, ints, rows, batch, blocks, cache)
         yield from _prefill(new, ints, cache)
+    # Four rows a sequence.
+    k, q = new(64, BLOCK, GROUPS, DIM), new(16, HEADS, DIM)
+    where = (ints(16), ints(4, 16, dtype=torch.int32), ints(4, dtype=torch.int32), 2048)
+    yield attention_dense, (q, k, k, *where, 0.1)
     for rows in (1, 4, 256, 2048, 8192):
         x, positions = new(rows, HIDDEN), ints(rows)
         gate, bias = new(EXPERTS, HIDDEN, dtype=torch.float32), new(EXPERTS, dtype=torch.float32)
@@ -76,10 +80,8 @@ def widest(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterato
     yield attention_dense, (q, k, k, positions, tables, one, 8192, 0.1)
     chunk = (positions, tables, one, two, (8,) * 4, 8192)
     yield attention_dense_ragged, (q, k, k, *chunk, 0.1)
-    for dim in (INDEX_DIM, 256):
-        index_q, index_k = new(32, 16, dim), new(64, 256, dim)
-        yield index_topk_ragged, (index_q, index_k, *chunk, TOPK, 0, 1)
-        yield index_topk, (index_q, index_k, positions, tables, one, 8192, TOPK, 0, 1)
+    index_q, index_k = new(32, 16, 256), new(64, 256, 256)
+    yield index_topk_ragged, (index_q, index_k, *chunk, TOPK, 0, 1)
 
 
 def _rowwise(new: Any, ints: Any) -> Iterator[Call]:

@@ -94,9 +94,9 @@ def same_bits(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("heads, topk", [(3, 5), (64, 16)])
+@pytest.mark.parametrize("heads, topk", [(3, 5), (16, 16), (64, 2)])
 def test_rows_that_share_a_program(heads, topk, device):
-    """Ratios that do not divide a tile, selections side by side alike or not at all."""
+    """16, 4 and 1 rows a program, selections side by side alike or not at all."""
     kv = paged((610,), 32, (1, 16), (1, 16), device=device)
     positions, sums = kv.ragged((40,), 0)
     ids = selection(positions, 1, 32, topk)
