@@ -298,7 +298,7 @@ def attention_dense(
     rows, heads, dim = q.shape
     groups, ratio, per_seq = k_cache.shape[2], heads // k_cache.shape[2], rows // batch
     pairs = power_of_2(per_seq * ratio, 16)
-    launch = _launch(attention_regime(pairs), q)
+    launch = settings(f"attention_{attention_regime(pairs)}", q, tile=dim)
     chunk = launch.pop("CHUNK")
     limit = launch.pop("SPLITS")
     # Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
@@ -396,7 +396,7 @@ def attention_dense_ragged(
         return out
     dim, groups = q.shape[2], k_cache.shape[2]
     ratio = q.shape[1] // groups
-    launch = _launch("prefill", q)
+    launch = settings("attention_prefill", q, tile=dim)
     block_m = max(launch.pop("BLOCK_M"), power_of_2(ratio))
     open_tiles = k_cache.shape[1] % launch["BLOCK_N"] == 0 and window is None and first_key < 1
     open_caches = described(q, k_cache, v_cache, launch, open_tiles)
@@ -433,15 +433,6 @@ def attention_dense_ragged(
         **launch,
     )
     return out
-
-
-def _launch(regime: str, q: Tensor) -> Settings:
-    """The table's row, whose limit of registers is for at most 128 columns: a tile of more would
-    not compile."""
-    launch = settings(f"attention_{regime}", q)
-    if q.shape[2] > 128:
-        launch.pop("maxnreg", None)
-    return launch
 
 
 # Shared with attention_sparse.

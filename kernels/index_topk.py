@@ -419,13 +419,11 @@ def _scores(
     per_seq = max(q_lens, default=0) if ragged else rows // max(batch, 1)
     if not per_seq or not scores.numel():
         return scores
-    launch = settings("index_scores_prefill" if ragged else "index_scores_decode", index_q)
+    block_p, block_d = power_of_2(page, 16), power_of_2(dim, 16)
+    row = "index_scores_prefill" if ragged else "index_scores_decode"
+    launch = settings(row, index_q, tile=block_p)
     pairs = min(power_of_2(per_seq * groups), launch.pop("MAX_M"))
     block_m = max(pairs, launch.pop("MIN_M"), power_of_2(groups))
-    block_p, block_d = power_of_2(page, 16), power_of_2(dim, 16)
-    if block_p > 128:
-        # The table's limit of registers is for as many keys: a tile of more would not compile.
-        launch.pop("maxnreg", None)
     if block_p * block_d > 1 << 15:
         launch["num_stages"] = 1  # Two tiles of such keys would not fit.
     _block_scores_kernel[(cdiv(columns, launch["PAGES"]), cdiv(per_seq, block_m // groups), batch)](

@@ -260,9 +260,11 @@ _invariant = False
 _changed: dict[str, Settings] = {}
 
 
-def settings(name: str, x: Tensor) -> Settings:
+def settings(name: str, x: Tensor, tile: int = 0) -> Settings:
     """The launch settings of ``name`` for the device and element size of x: a new dict.
 
+    tile: columns or keys of a tile. A row's limit of registers (maxnreg) is for at most 128; with
+    more the kernel would not compile, and goes without.
     OVERLAP is among them always; launch_pdl, which asks the driver for it, where it is on.
     Raises  ValueError on a device that is not in the table.
     """
@@ -274,6 +276,8 @@ def settings(name: str, x: Tensor) -> Settings:
     elif _invariant:
         found |= table.get(f"{name}/invariant", {})
     found |= _changed.get(name, {})
+    if tile > 128:
+        found.pop("maxnreg", None)
     found["OVERLAP"] = overlaps(x)
     if found["OVERLAP"]:
         found["launch_pdl"] = True

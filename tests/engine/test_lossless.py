@@ -38,7 +38,7 @@ def test_float64(part: int) -> None:
 
 
 @seed(100)
-@settings(SETTINGS, max_examples=30 * SCALE)
+@settings(SETTINGS, max_examples=40 * SCALE)
 @given(schedules())
 def test_float32(schedule: Schedule) -> None:
     check_lossless(schedule, torch.float32)

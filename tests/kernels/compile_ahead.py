@@ -55,7 +55,7 @@ def main(arch: str, dtype: str = "bfloat16") -> None:
     # Overlapping is the same programs with two instructions more, where the device knows them.
     launch = eaglerun.kernels.launch
     with launch.for_arch(arch), launch.overlapping(True):
-        # Registers are limited where a thread has at most 255.
+        # The rows that limit registers are for sm_90.
         wide = widest(getattr(torch, dtype)) if arch.startswith("sm_") else ()
         for op, arguments in (*calls(getattr(torch, dtype)), *wide):
             op.kernel(*arguments)

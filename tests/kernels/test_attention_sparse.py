@@ -94,7 +94,9 @@ def same_bits(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("heads, topk", [(3, 5), (16, 16), (64, 2)])
+@pytest.mark.parametrize(
+    "heads, topk", [(3, 5), (16, 16), (64, 2), pytest.param(64, 16, marks=pytest.mark.long)]
+)
 def test_rows_that_share_a_program(heads, topk, device):
     """16, 4 and 1 rows a program, selections side by side alike or not at all."""
     kv = paged((610,), 32, (1, 16), (1, 16), device=device)
