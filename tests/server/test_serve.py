@@ -4,11 +4,9 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from scripted_engine import text_of
 from served import (
     Http,
@@ -336,18 +335,18 @@ def test_files_that_do_not_work(tmp_path: Path):
         check(ssl_certfile=str(broken))
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
 def test_tls(checkpoint: Path, tmp_path: Path):
+    authority = trustme.CA()
+    served = authority.issue_cert("127.0.0.1")
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert],
-        check=True,
-        capture_output=True,
-    )
+    trusted = str(tmp_path / "authority.pem")
+    for pem in served.cert_chain_pems:
+        pem.write_to_path(cert, append=True)
+    served.private_key_pem.write_to_path(key)
+    authority.cert_pem.write_to_path(trusted)
     with serving(checkpoint, "--ssl-certfile", cert, "--ssl-keyfile", key) as (_, url):
         assert url.startswith("https://")
-        context = ssl.create_default_context(cafile=cert)
+        context = ssl.create_default_context(cafile=trusted)
         with urllib.request.urlopen(f"{url}/health/ready", context=context) as reply:
             assert reply.status == 200
 
