@@ -5,6 +5,7 @@ chunked prefill and cached decode over shuffled blocks: every tap, the logits an
 Contexts span 40 blocks and more, far beyond the top-k, so that the selection decides.
 """
 
+import inspect
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ from eaglerun.spec import TargetSpec, read_checkpoint_config
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
 CPU = torch.device("cpu")
 NUM_GREEDY = 64
+# transformers 5.24 renamed the cache's parameter.
+FORWARD = inspect.signature(MiniMaxM3VLForCausalLM.forward).parameters
+CACHE_NAME = "cache" if "cache" in FORWARD else "past_key_values"
 TOLERANCE = 1e-4
 VISION = {
     "hidden_size": 8,
@@ -146,11 +150,11 @@ def golden(case: Case, seed: int, folder: Path) -> MiniMaxM3VLForCausalLM:
 @torch.inference_mode()
 def golden_greedy(model: MiniMaxM3VLForCausalLM, prompt: list[int]) -> list[int]:
     """64 greedy tokens by transformers' own cached decode."""
-    cache = DynamicCache(config=model.config)
+    cache = {CACHE_NAME: DynamicCache(config=model.config)}
     ids = torch.tensor([prompt])
     tokens: list[int] = []
     for _ in range(NUM_GREEDY):
-        logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = model(ids, use_cache=True, **cache).logits[0, -1]
         tokens.append(int(logits.argmax()))
         ids = torch.tensor([tokens[-1:]])
     return tokens
