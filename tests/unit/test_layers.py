@@ -10,9 +10,9 @@ DIRS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"
 LAYERS = [
     "kernels.reference",
     "kernels",
-    "errors",
+    "errors progress",
     "config configs messages spec budget checkpoint_config target_config",
-    "sequence blocks step text speculative.stats",
+    "sequence blocks step text chat_template conversation speculative.stats",
     "scheduler speculative.policy",
     "models",
     "sampling speculative batch graphs pending",
