@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -13,6 +14,7 @@ from eaglerun.blocks import BlockPool
 from eaglerun.budget import KVBudget, MemoryUse, format_use, graph_outputs, size_kv
 from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import ConfigError, RequestError
+from eaglerun.kernels.compiling import watching_compiler
 from eaglerun.loader import (
     Models,
     cache_dtypes,
@@ -26,6 +28,7 @@ from eaglerun.messages import Event, Request
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.pending import AuxRows, PendingStep
+from eaglerun.progress import counter
 from eaglerun.runner import MAX_CAPTURED_ROWS, Runner, RunnerOptions
 from eaglerun.sampling import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from eaglerun.scheduler import Scheduler, SchedulerLimits
@@ -54,9 +57,11 @@ class Engine:
         models: Models,
         policy: DraftLengthPolicy | None = None,
         memory: DeviceMemory | None = None,
+        progress: bool | None = False,
     ) -> None:
         """``memory`` is the device's, from which the KV blocks are sized; None: that of the GPU,
-        and on a CPU none.
+        and on a CPU none. ``progress``: whether lines are drawn while kernels are compiled and
+        graphs captured; None: where standard error is a terminal.
 
         Raises  ConfigError on settings that exclude one another, CapacityError where the GPU has
         no room for them.
@@ -66,6 +71,7 @@ class Engine:
         self.config = config
         self.model_name = models.name
         self.tokenizer: Tokenizer | None = models.tokenizer
+        self.path = models.path
         self.vocab_size = target.spec.vocab_size
         self.eos_token_ids = models.eos_token_ids
         self.num_draft_tokens = config.speculation.num_draft_tokens if draft else 0
@@ -82,7 +88,11 @@ class Engine:
         options = self._runner_options(target, kv.block_size, on_gpu)
         use = None
         if memory is not None and not config.cache.sized:
-            use = _measured(config, memory, target, draft, options)
+            with (
+                counter(progress, "compiling", "kernels") as line,
+                watching_compiler(lambda name: _compiled(line, name)),
+            ):
+                use = _measured(config, memory, target, draft, options)
             least = narrowest_kv(config, target.spec, draft_spec, dtype)
             num_blocks = size_kv(use, kv, config.model.max_model_len, least)
         else:
@@ -113,6 +123,7 @@ class Engine:
                 max_model_len=self.max_model_len,
                 graph_bytes=None if use is None else use.graphs,
             ),
+            progress,
         )
         if use is not None:
             lines = "\n".join(format_use(use))
@@ -165,10 +176,10 @@ class Engine:
 
     @classmethod
     def from_config(
-        cls, config: Config, policy: DraftLengthPolicy | None = None, progress: bool = False
+        cls, config: Config, policy: DraftLengthPolicy | None = None, progress: bool | None = False
     ) -> "Engine":
         """Load the checkpoints that ``config`` names (ConfigError, CheckpointError) and start."""
-        return cls(config, load_models(config, progress), policy)
+        return cls(config, load_models(config, progress), policy, progress=progress)
 
     @property
     def stats(self) -> EngineStats:
@@ -308,6 +319,12 @@ class Engine:
 def _wrap(seed: int) -> int:
     """A seed as a signed 64-bit integer."""
     return (seed + 2**63) % 2**64 - 2**63
+
+
+def _compiled(line: Any, name: str) -> None:
+    """Count one more kernel in the line, and name it."""
+    line.set_postfix_str(name, refresh=False)
+    line.update()
 
 
 def _measured(

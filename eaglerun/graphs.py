@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from eaglerun.progress import counter
+
 log = logging.getLogger("eaglerun")
 
 T = TypeVar("T")
@@ -26,6 +28,8 @@ class Graphs:
 
     Once the captured moves hold ``max_bytes``, others run uncaptured; ``num_refused`` counts how
     often. From then on nothing is captured, so that no graph reads what an uncaptured move made.
+
+    ``progress`` draws a line for as long as a move is captured.
     """
 
     def __init__(
@@ -34,12 +38,14 @@ class Graphs:
         enabled: bool,
         blank: Callable[[], AbstractContextManager[None]],
         max_bytes: int | None,
+        progress: bool | None = False,
     ) -> None:
         self.enabled = enabled and device.type == "cuda"
         self.num_bytes = 0
         self.num_refused = 0
         self.max_bytes = max_bytes
         self._blank = blank
+        self._progress = progress
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         # An opaque handle, made at the first capture.
         self._pool: Any = None
@@ -67,7 +73,10 @@ class Graphs:
                     )
                 self.num_refused += 1
                 return move()
-            found = self._capture(key, move)
+            with counter(self._progress, "capturing", "graphs", len(self), leave=False) as line:
+                line.set_postfix_str(f"{key}")
+                found = self._capture(key, move)
+                line.update()
         graph, output = found
         graph.replay()
         result: T = output

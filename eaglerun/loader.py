@@ -74,9 +74,9 @@ def read_checkpoints(config: Config) -> Checkpoints:
     return Checkpoints(name, target_path, target, draft_path, draft)
 
 
-def load_models(config: Config, progress: bool = False) -> Models:
+def load_models(config: Config, progress: bool | None = False) -> Models:
     """Both models on their device. ConfigError, CheckpointError, each naming what is wrong;
-    CapacityError where the GPU cannot hold them."""
+    CapacityError where the GPU cannot hold them. ``progress``: whether bars are drawn."""
     found = read_checkpoints(config)
     device = choose_device(config.model.device)
     check_device(device)

@@ -106,8 +106,13 @@ class Runner:
     """Holds the models, their KV memory and the DeviceState of one rank."""
 
     def __init__(
-        self, target: MiniMaxM3, draft: Eagle3Llama | None, options: RunnerOptions
+        self,
+        target: MiniMaxM3,
+        draft: Eagle3Llama | None,
+        options: RunnerOptions,
+        progress: bool | None = False,
     ) -> None:
+        """``progress``: whether a line is drawn while a graph is captured."""
         self.target = target
         self.draft = draft
         self.options = options
@@ -154,7 +159,9 @@ class Runner:
         )
         # The step being launched, for whoever watches the forwards.
         self.plan: StepPlan | None = None
-        self.graphs = Graphs(self.device, options.capture, self.buffers.blank, options.graph_bytes)
+        self.graphs = Graphs(
+            self.device, options.capture, self.buffers.blank, options.graph_bytes, progress
+        )
 
     def kv_regions(self) -> tuple[KVRegion, ...]:
         """Every memory that holds something for each block: what a transfer of blocks must move."""

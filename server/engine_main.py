@@ -21,8 +21,8 @@ def make_engine(config: Config, progress: Callable[[str], None]) -> Served:
     """Load, size the KV cache, and run one short request, so that the first user does not wait
     for what is compiled or allocated on first use."""
     progress(f"Loading {config.model.model}" + _with_draft(config))
-    models = load_models(config, progress=sys.stderr.isatty())
-    engine = Engine(config, models)
+    models = load_models(config, progress=None)
+    engine = Engine(config, models, progress=None)
     num_blocks, block_size = engine.pool.num_blocks, engine.pool.block_size
     progress(
         f"KV cache: {num_blocks} blocks of {block_size} = {num_blocks * block_size} tokens, "

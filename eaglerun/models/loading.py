@@ -7,7 +7,7 @@ said before any weight is read; then tensor by tensor into the parameters that e
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -18,11 +18,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eaglerun.errors import CheckpointError
 from eaglerun.models.checkpoint_names import NameMap, Piece, draft_names, target_names
 from eaglerun.models.layers import Embedding, GemmaNorm, Norm
+from eaglerun.progress import byte_bar
 from eaglerun.spec import DraftSpec, TargetSpec
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,9 @@ def resolve_checkpoint(name_or_path: str) -> Path:
         ) from error
 
 
-def load_target(model: nn.Module, path: Path, spec: TargetSpec, progress: bool = False) -> None:
+def load_target(
+    model: nn.Module, path: Path, spec: TargetSpec, progress: bool | None = False
+) -> None:
     """Fill every parameter of the target from the safetensors files of ``path``.
 
     Raises CheckpointError, before any weight is read, with the files and names of all that is
@@ -67,7 +69,7 @@ def load_target(model: nn.Module, path: Path, spec: TargetSpec, progress: bool =
     """
     names = target_names(spec)
     tensors = _tensors(model, names)
-    _stream(_plan(path, names, optional=()), tensors, progress)
+    _stream(_plan(path, names, optional=()), tensors, progress, "loading target")
 
 
 def load_draft(
@@ -75,7 +77,7 @@ def load_draft(
     path: Path,
     spec: DraftSpec,
     target_model: nn.Module,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> tuple[str, ...]:
     """Fill every parameter of the draft; return those that are now the target's own.
 
@@ -96,7 +98,7 @@ def load_draft(
                 f"{path}: no tensor for {name} {_kind(tensors[name])}, and the target's is "
                 f"{_kind(target_tensors[name])}, so that the draft cannot share it"
             )
-    _stream(plan, tensors, progress)
+    _stream(plan, tensors, progress, "loading draft")
     if "d2t" in names.shapes:
         _check_d2t(tensors["d2t"], spec, path)
     shared = tuple(
@@ -258,25 +260,28 @@ def _listed(faults: list[str]) -> str:
     return "; ".join(faults[:MAX_FAULTS]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _stream(plan: Plan, tensors: dict[str, Tensor], progress: bool) -> None:
+def _stream(plan: Plan, tensors: dict[str, Tensor], progress: bool | None, what: str) -> None:
     """Copy every tensor of the plan to its place; one of them at a time is held twice."""
-    # None: tqdm draws nothing where stderr is no terminal.
-    bar = tqdm(plan.items(), desc="loading", unit="file", disable=None if progress else True)
-    with torch.no_grad():
-        for file, pieces in bar:
+    pieces = [piece for file in plan.values() for _, piece in file]
+    size = sum(tensors[piece.parameter][piece.where].nbytes for piece in pieces)
+    with torch.no_grad(), byte_bar(progress, what, size) as bar:
+        for file, wanted in plan.items():
             with _opened(file) as stored:
-                for name, piece in pieces:
-                    _copy(stored, name, tensors[piece.parameter][piece.where])
+                for name, piece in wanted:
+                    _copy(stored, name, tensors[piece.parameter][piece.where], bar.update)
 
 
-def _copy(stored: Any, name: str, destination: Tensor) -> None:
+def _copy(stored: Any, name: str, destination: Tensor, copied: Callable[[int], object]) -> None:
+    """Copy one tensor; ``copied`` is told the bytes as they are there."""
     if destination.dim() < 3:
         destination.copy_(stored.get_tensor(name))
+        copied(destination.nbytes)
         return
     # Fused experts: one matrix at a time, as all of a layer's are gigabytes.
     source = stored.get_slice(name)
     for i, matrix in enumerate(destination):
         matrix.copy_(source[i])
+        copied(matrix.nbytes)
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:

@@ -106,6 +106,16 @@ def test_the_measured_engine_answers_as_another():
     assert got == expected
 
 
+def test_what_is_compiled_is_counted_for_a_terminal(capsys):
+    config = {"draft": "tiny", "max_model_len": 96, "max_num_seqs": 4, "log_stats_every": 0}
+    settings = resolve(config | {"max_num_batched_tokens": 64})
+    Engine(settings, MODELS, memory=Scripted(1024 * MIB))
+    assert capsys.readouterr().err == ""
+    Engine(settings, MODELS, memory=Scripted(1024 * MIB), progress=True)
+    # On a CPU there is nothing to compile.
+    assert "compiling: 0 kernels [00:00]" in capsys.readouterr().err
+
+
 def test_graphs_have_room_where_they_are_captured():
     sizes = {"decode_batch_sizes": (1, 2, 4)}
     eager = engine(Scripted(1024 * MIB), enforce_eager=True, **sizes)

@@ -152,11 +152,14 @@ def test_both_saves_of_transformers(saved, spec, capsys):
     for path in (text, vl):
         model = new_target(spec)
         pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
-        load_target(model, path, spec, progress=True)
+        load_target(model, path, spec, progress=None)
         assert_holds(model, fused(state))
         # Into the parameters that were there.
         assert pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
     assert capsys.readouterr().err == "", "a progress bar where there is no terminal"
+    load_target(new_target(spec), text, spec, progress=True)
+    drawn = capsys.readouterr().err
+    assert "loading target: 100%" in drawn and "B/s]" in drawn
 
 
 def test_config_of_the_hub_as_transformers_saves_it(saved, spec, tmp_path):
