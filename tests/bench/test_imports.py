@@ -1,4 +1,4 @@
-"""A machine that only measures needs no web server's packages."""
+"""A machine that only measures needs no web server's packages; jinja2 comes with torch."""
 
 import subprocess
 import sys
@@ -11,7 +11,6 @@ ABSENT = (
     "orjson",
     "uvicorn",
     "prometheus_client",
-    "jinja2",
 )
 PROGRAM = f"""
 import sys
