@@ -1,21 +1,24 @@
-"""The command eaglerun: serve, generate, eval, lossless, bench, check-config."""
+"""The command eaglerun: serve, chat, generate, eval, lossless, bench, check-config."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
 from eaglerun import __version__
 from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import CheckpointError, ConfigError, EaglerunError
-from eaglerun.messages import SamplingParams, SpeculationStats
+from eaglerun.server import prompt_commands
 from eaglerun.server.flags import Parser, add_settings, config_of, parse_flags
 
-REFUSED, FAILED = 2, 1
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def main(argv: Sequence[str] | None = None, engine: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code. ``engine`` starts the engine's process of a server; None:
     this build's."""
+    _show_what_can_be_shown()
     try:
         return _run(sys.argv[1:] if argv is None else argv, engine)
     except (ConfigError, CheckpointError) as error:
@@ -24,14 +27,29 @@ def main(argv: Sequence[str] | None = None, engine: Sequence[str] | None = None)
     except EaglerunError as error:
         print(f"eaglerun: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("eaglerun: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _show_what_can_be_shown() -> None:
+    """Characters that the terminal's encoding lacks are replaced, and end nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _run(argv: Sequence[str], engine: Sequence[str] | None) -> int:
     flags = parse_flags(_parser(argv), argv)
     config, preset = config_of(flags)
-    if preset is not None:
+    talks_elsewhere = flags.command == "chat" and flags.url is not None
+    if preset is not None and not talks_elsewhere:
         _say(f"settings that are not given come from {preset}.toml")
-    if config.model.model == "demo":
+    if flags.MODEL is None and config.model.model == "demo" and not talks_elsewhere:
         _say(f"{config.model.model} is the bundled pair of small models; name a MODEL for another")
     match flags.command:
         case "serve":
@@ -40,19 +58,22 @@ def _run(argv: Sequence[str], engine: Sequence[str] | None) -> int:
 
             return serve.serve(config, serve.ENGINE if engine is None else engine)
         case "generate":
-            return _generate(config, flags)
+            return prompt_commands.generate(config, flags)
+        case "chat":
+            return prompt_commands.chat(config, flags)
         case "eval" | "bench" | "lossless":
             return _measure(config, flags)
         case _:
             return _check_config(config)
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> Parser:
     parser = Parser(prog="eaglerun", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("serve", "an OpenAI server; with nothing else, of the bundled demo pair"),
+        ("chat", "a conversation in the terminal, with an engine here or a server elsewhere"),
         ("generate", "answers to prompts, here and now"),
         ("eval", "accuracy on the demo's held-out problems, with and without the draft"),
         ("lossless", "answers with the draft against those without it, each difference explained"),
@@ -61,24 +82,17 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "generate":
-            _add_sampling(command)
+            prompt_commands.add_generate_flags(command)
+        if name == "chat":
+            prompt_commands.add_chat_flags(command)
         if name in ("eval", "bench", "lossless") and name in argv[:1]:
             _add_measuring(command, name)
         add_settings(command)
     return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompts and sampling")
-    group.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    group.add_argument("--max-tokens", type=int, default=256)
-    group.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    group.add_argument("--top-p", type=float, default=1.0)
-    group.add_argument("--stop", action="append", default=[], help="may be given several times")
-
-
 def _add_measuring(parser: argparse.ArgumentParser, name: str) -> None:
-    # See _generate; only the command that is asked for pays.
+    # torch takes seconds to import; only the command that is asked for pays.
     if name == "bench":
         from eaglerun.bench.commands import add_bench_flags
 
@@ -94,7 +108,7 @@ def _add_measuring(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _measure(config: Config, flags: argparse.Namespace) -> int:
-    # See _generate.
+    # See _add_measuring.
     if flags.command == "bench":
         from eaglerun.bench.commands import run_bench
 
@@ -108,37 +122,8 @@ def _measure(config: Config, flags: argparse.Namespace) -> int:
     return run_eval(config, flags)
 
 
-def _generate(config: Config, flags: argparse.Namespace) -> int:
-    """Prompts are flags, or else the lines of standard input; answers go to standard output."""
-    # torch takes seconds to import, and a server's HTTP process has no use for it.
-    from eaglerun.engine import Engine
-    from eaglerun.llm import LLM
-
-    prompts = flags.prompt or [line.rstrip("\n") for line in sys.stdin]
-    params = SamplingParams(
-        temperature=flags.temperature,
-        top_p=flags.top_p,
-        max_tokens=flags.max_tokens,
-        stop=tuple(flags.stop),
-    )
-    llm = LLM.from_engine(Engine.from_config(config, progress=sys.stderr.isatty()))
-    for output in llm.generate(prompts, params, progress=sys.stderr.isatty()):
-        print(output.text)
-        _say(f"{len(output.token_ids)} tokens{_with_drafts(output.speculation)}")
-    return 0
-
-
-def _with_drafts(stats: SpeculationStats) -> str:
-    if not stats.steps:
-        return ""
-    return (
-        f", acceptance length {stats.mean_acceptance_length:.2f}, "
-        f"{100 * stats.acceptance_rate:.1f}% of drafts accepted"
-    )
-
-
 def _check_config(config: Config) -> int:
-    # See _generate.
+    # See _add_measuring.
     from eaglerun.budget import format_budget
     from eaglerun.loader import choose_device, choose_dtype, kv_budget_of, read_checkpoints
 

@@ -35,6 +35,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
+    def flags(self, command: str | None) -> list[str]:
+        """The flags of a command, or of this parser."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and command in action.choices:
+                chosen = action.choices[command]
+                assert isinstance(chosen, Parser)
+                return chosen.flags(None)
+        return [flag for action in self._actions for flag in action.option_strings]
+
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """MODEL, --config, --speculative-config, and a flag for every setting."""
@@ -78,7 +87,7 @@ def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
     )
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parse_flags(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """``argv`` with - and _ alike. ConfigError names an unknown flag and the nearest one."""
     namespace, unknown = parser.parse_known_args([_dashes(word) for word in argv])
     if not unknown:
@@ -88,7 +97,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpars
         raise ConfigError(f"{flag} is not in this build: {NOT_HERE[flag]}")
     if not flag.startswith("-"):
         raise ConfigError(f"{flag!r} is one word too many")
-    known = dict.fromkeys(name for option in options() for name in option.flags)
+    known = dict.fromkeys(parser.flags(vars(namespace).get("command")))
     raise ConfigError(f"unknown flag {flag}{nearest(flag, known)}")
 
 
