@@ -53,7 +53,8 @@ class Page:
             width=width,
             height=height,
             deviceScaleFactor=1,
-            mobile=False,
+            # Phones have no bar to scroll with.
+            mobile=width < 600,
         )
         self.call("Page.navigate", url=url)
         while not self._loaded:
@@ -74,8 +75,14 @@ class Page:
             f"({condition}) ? done(true) : requestAnimationFrame(look); look(); }})"
         )
 
-    def screenshot(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+    def screenshot(self, file: Path, whole: bool = False) -> None:
+        """A picture of what is seen, or of the ``whole`` page."""
+        more: dict[str, Any] = {}
+        if whole:
+            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+            more = {"captureBeyondViewport": True, "clip": size | {"scale": 1}}
+        shot = self.call("Page.captureScreenshot", **more)
+        file.write_bytes(base64.b64decode(shot["data"]))
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1

@@ -22,6 +22,7 @@ from eaglerun.server.wire import Totals
 FILES = {
     "/": ("page.html", "text/html"),
     "/page/page.js": ("page.js", "text/javascript"),
+    "/page/chat.js": ("chat.js", "text/javascript"),
     "/page/page.css": ("page.css", "text/css"),
     "/page/uplot.js": ("uplot.js", "text/javascript"),
     "/page/uplot.css": ("uplot.css", "text/css"),

@@ -1,5 +1,7 @@
 "use strict";
 
+// What the server measures, once a second; chat.js, which comes after, is the chat.
+
 const NUM_POINTS = 300;
 const POLL_MS = 1000;
 const by = (id) => document.getElementById(id);
@@ -11,6 +13,7 @@ let key = sessionStorage.getItem("key") || "";
 let began = null;
 let last = -1;
 let numDraftTokens = null;
+// Seconds since 1970, for the axes tell the time of day.
 const series = { time: [], length: [], speed: [], running: [], waiting: [] };
 
 async function ask(path, options = {}) {
@@ -29,7 +32,7 @@ async function ask(path, options = {}) {
 
 function chart(id, lines, range, steps) {
   const axis = { stroke: color("--faint"), grid: { stroke: color("--line") }, ticks: { show: false } };
-  const clock = (_, ticks) => ticks.map((t) => (t === 0 ? "0" : `${Math.round(t)} s`));
+  const clock = (_, ticks) => ticks.map((t) => new Date(1000 * t).toLocaleTimeString("en-GB"));
   const box = by(id);
   const plot = new uPlot({
     width: box.clientWidth,
@@ -38,7 +41,7 @@ function chart(id, lines, range, steps) {
     cursor: { show: false },
     scales: { x: { time: false }, y: { range } },
     axes: [
-      { ...axis, values: clock, size: 28, incrs: [1, 2, 5, 10, 20, 30, 60, 120] },
+      { ...axis, values: clock, size: 28, space: 90, incrs: [1, 2, 5, 10, 20, 30, 60, 120] },
       { ...axis, size: 46, ...(steps && { incrs: steps }) },
     ],
     series: [{}, ...lines.map(([label, name]) => ({
@@ -95,13 +98,14 @@ function showStatus(status, totals) {
     numDraftTokens = status.num_draft_tokens;
     const counts = Array.from({ length: numDraftTokens + 1 }, (_, k) => k);
     by("drafts").replaceChildren(...counts.map((k) => new Option(k, k, false, k === numDraftTokens)));
+    by("compare").disabled = !numDraftTokens;
   }
 }
 
-function addSamples(samples) {
+function addSamples(samples, began) {
   for (const sample of samples) {
     last = sample.number;
-    series.time.push(sample.time);
+    series.time.push(began + sample.time);
     series.length.push(sample.steps ? sample.length : null);
     series.speed.push(sample.output_rate);
     series.running.push(sample.num_running);
@@ -125,7 +129,7 @@ async function poll() {
       last = -1;
       for (const name in series) series[name] = [];
     } else {
-      addSamples(data.samples);
+      addSamples(data.samples, data.began);
     }
     began = data.began;
     showStatus(data.status, data.totals);
@@ -141,130 +145,6 @@ by("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key = by("key").value;
   sessionStorage.setItem("key", key);
-});
-
-// Chat
-
-const MARKER = /^(<\/?mm:think>|\]~!?b\[|\]~b\]|\[e~\[|\]<\]minimax\[>\[)$/;
-let messages = [];
-let running = null;
-
-function add(kind, text = "") {
-  const box = document.createElement("div");
-  box.className = kind;
-  box.textContent = text;
-  by("messages").append(box);
-  box.scrollIntoView({ block: "end" });
-  return box;
-}
-
-// Server-sent events of a response, as parsed JSON, until [DONE].
-async function* eventsOf(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      if (part.startsWith("data: ") && part !== "data: [DONE]") yield JSON.parse(part.slice(6));
-    }
-  }
-}
-
-// Shows the tokens of an answer as they come.
-function tokenWriter(box) {
-  let thinking = false;
-  return (token) => {
-    const span = document.createElement("span");
-    span.textContent = token.text;
-    if (token.text === "</mm:think>") thinking = false;
-    if (MARKER.test(token.text)) span.classList.add("marker");
-    if (thinking) span.classList.add("thinking");
-    if (token.text === "<mm:think>") thinking = true;
-    if (token.drafted) span.classList.add("drafted");
-    box.append(span);
-  };
-}
-
-function summary(metrics, numTokens, seconds) {
-  const speed = `${numTokens} tokens in ${seconds.toFixed(2)} s, `
-    + `${(numTokens / seconds).toFixed(1)} tokens/s`;
-  if (!metrics.num_spec_steps) return `${speed}, without drafts`;
-  return `${speed}, acceptance length ${metrics.mean_acceptance_length.toFixed(2)}, `
-    + `${(100 * metrics.draft_acceptance_rate).toFixed(1)} % of drafts accepted`;
-}
-
-async function answer() {
-  const box = add("answer");
-  const write = tokenWriter(box);
-  const begin = performance.now();
-  let content = "";
-  let numTokens = 0;
-  let metrics = null;
-  const response = await ask("/v1/chat/completions", {
-    method: "POST",
-    signal: running.signal,
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({
-      messages,
-      stream: true,
-      max_tokens: Number(by("max-tokens").value),
-      speculation: { num_draft_tokens: Number(by("drafts").value), tokens: true, report: true },
-    }),
-  });
-  if (!response.ok) throw new Error((await response.json()).error.message);
-  for await (const chunk of eventsOf(response)) {
-    if (chunk.error) throw new Error(chunk.error.message);
-    if (chunk.metrics) metrics = chunk.metrics.speculative_decoding;
-    for (const choice of chunk.choices) {
-      content += choice.delta.content || "";
-      for (const token of choice.tokens || []) {
-        write(token);
-        numTokens += 1;
-      }
-    }
-    by("messages").scrollTop = by("messages").scrollHeight;
-  }
-  messages.push({ role: "assistant", content });
-  if (metrics) add("note", summary(metrics, numTokens, (performance.now() - begin) / 1000));
-}
-
-by("chat").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  if (running) {
-    running.abort();
-    return;
-  }
-  const question = by("question").value.trim();
-  if (!question) return;
-  by("question").value = "";
-  add("user", question);
-  const before = messages;
-  messages = [...messages, { role: "user", content: question }];
-  running = new AbortController();
-  by("send").textContent = "Stop";
-  try {
-    await answer();
-  } catch (error) {
-    messages = before;
-    add("note bad", error.name === "AbortError" ? "stopped" : error.message);
-  }
-  running = null;
-  by("send").textContent = "Send";
-});
-
-by("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !running) {
-    event.preventDefault();
-    by("chat").requestSubmit();
-  }
-});
-
-by("clear").addEventListener("click", () => {
-  messages = [];
-  by("messages").replaceChildren();
 });
 
 poll();
