@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from eaglerun.errors import CheckpointError, RequestError
 from eaglerun.server.failures import overloaded, refuse
-from eaglerun.server.parsers.reasoning import THINK_CLOSE, THINK_OPEN
+from eaglerun.server.parsers.reasoning import THINK_CLOSE, THINK_OPEN, Start
 from eaglerun.server.parsers.tools import INVOKE, TOOL_BLOCK
 from eaglerun.server.protocol import AssistantMessage, Message, ToolCall
 from eaglerun.server.settings import Limits, SamplingDefaults, Settings
@@ -29,12 +29,12 @@ _T = TypeVar("_T")
 class Prompt:
     """A prompt, ready for the engine.
 
-    starts_in_reasoning  it ends with the opening marker of the thinking block
-    forced               text at its end that belongs to the answer
+    start   what the answer begins with
+    forced  text at its end that belongs to the answer
     """
 
     token_ids: tuple[int, ...]
-    starts_in_reasoning: bool = False
+    start: Start = Start.TURN
     forced: str = ""
 
 
@@ -111,7 +111,8 @@ class Chat:
             if forced.tool is not None:
                 call += f'{forced.tool}">'
         ids = self.vocabulary.encode(text + call, add_special_tokens=False)
-        return Prompt(ids, text.endswith(THINK_OPEN), call)
+        start = Start.REASONING if text.endswith(THINK_OPEN) else Start.TURN
+        return Prompt(ids, start, call)
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         if self._num_preparing >= self._limits.max_preparing:

@@ -61,7 +61,7 @@ class Choice:
 
     def finish(self, event: Finished) -> list[Part]:
         self.finished = event
-        return self._parser.finish()
+        return self._parser.finish(cut=event.reason is not FinishReason.STOP)
 
     @property
     def finish_reason(self) -> str:
@@ -73,8 +73,8 @@ class Choice:
     def _count(self, ids: tuple[int, ...], before: bool) -> int:
         """How many of the tokens of one event are reasoning, markers included."""
         start = 0 if before or self._open not in ids else ids.index(self._open)
-        closed = not self._in_reasoning and self._close in ids
-        return (ids.index(self._close) + 1 if closed else len(ids)) - start
+        closed = not self._in_reasoning and self._close in ids[start:]
+        return (ids.index(self._close, start) + 1 if closed else len(ids)) - start
 
 
 def _has_reasoning(parts: list[Part]) -> bool:

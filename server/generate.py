@@ -254,7 +254,7 @@ def _chat_options(
 
     def new_parser() -> OutputParser:
         return OutputParser(
-            starts_in_reasoning=prompt.starts_in_reasoning,
+            start=prompt.start,
             tools=tools.schemas,
             max_calls=max_calls,
             forced=prompt.forced,

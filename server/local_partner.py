@@ -11,7 +11,7 @@ from eaglerun.llm import LLM, RequestOutput
 from eaglerun.messages import Finished, SamplingParams, Tokens
 from eaglerun.server.parsers.output import OutputParser
 from eaglerun.server.parsers.parts import Content, Part, Reasoning
-from eaglerun.server.parsers.reasoning import THINK_OPEN
+from eaglerun.server.parsers.reasoning import THINK_OPEN, Start
 from eaglerun.server.partners import Answer, Ending, Messages, Piece, Wish
 from eaglerun.server.vocabulary import Vocabulary
 
@@ -62,7 +62,7 @@ def _parser(vocabulary: Vocabulary, prompt: Sequence[int]) -> OutputParser:
     """A parser of the answer, which begins inside the thinking block if the prompt opened it."""
     # The marker is one token, or at most as many as it has bytes.
     end = vocabulary.decode(tuple(prompt[-len(THINK_OPEN) :]), skip_special_tokens=False)
-    return OutputParser(starts_in_reasoning=end.endswith(THINK_OPEN))
+    return OutputParser(start=Start.REASONING if end.endswith(THINK_OPEN) else Start.TURN)
 
 
 def _piece(parts: Sequence[Part], tokens: tuple[tuple[str, bool], ...] = ()) -> Piece:

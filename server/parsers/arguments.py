@@ -1,27 +1,24 @@
 """One tool call's parameters, written as JSON while they arrive.
 
 Elements become members of an object, or items of an array; text becomes what the tool's schema
-says it is. Strings are passed on as they come and containers are opened at their first child.
-Other values are written once they are complete. A member that may be a list is kept open until a
-member of another name follows, because a repeated name adds to it.
+says it is. A string and a list are written as they come, and stay open for a repetition: a name
+that follows itself adds a line or items. Every other member, and all within it, is set aside until
+its object ends, because a name that comes again makes it a list.
 """
 
-import json
-import re
 from enum import Enum, auto
 
-import orjson
-
-from eaglerun.server.parsers.schema import Schema, json_type
+from eaglerun.server.parsers.schema import Schema
+from eaglerun.server.parsers.values import escaped, literal_type, quoted, to_json
 
 # Elements deeper than this are text.
 MAX_DEPTH = 128
 
-_INTEGER = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+ITEM = "item"
 _LIST = frozenset({"array"})
 _STRING = frozenset({"string"})
 _NULLABLE_STRING = frozenset({"string", "null"})
+_CONTAINERS = frozenset({"array", "object"})
 
 
 class _Kind(Enum):
@@ -32,6 +29,23 @@ class _Kind(Enum):
     NULLABLE_STRING = auto()
     OBJECT = auto()
     ARRAY = auto()
+
+
+class Place(Enum):
+    """What may stand where the parser is.
+
+    CALL    parameters, directly in the call
+    STRING  text, up to the closing tag
+    SCALAR  a number, a boolean or null: no tag but the closing one
+    MEMBER  members or items, of an element whose schema says so
+    FREE    anything, for the schema does not say
+    """
+
+    CALL = auto()
+    STRING = auto()
+    SCALAR = auto()
+    MEMBER = auto()
+    FREE = auto()
 
 
 def _kind(types: frozenset[str]) -> _Kind:
@@ -45,50 +59,76 @@ def _kind(types: frozenset[str]) -> _Kind:
 
 
 class _Element:
-    """An element that is open, or a list that is kept open for repetitions.
+    """An element that is open, or a member that is kept open for repetitions.
 
-    text      text so far that is not written
+    keyword   the word of <parameter name="...">, which may close it too
+    text      text so far that is not written;  fresh: where that of after the last child begins
+    stray     a marker without a tag stands where the fresh text begins
     count     members or items written
-    names     members seen;  last: the name of the last one
-    kept      the last member, where its schema wants a list: a repetition continues it
-    values    values of the last member, where one is written plain and several as a list
+    names     members written, for good or up to now
+    kept      the member, a string or a list, that a repetition continues
+    aside     values of the members that are set aside, by name
     saved     where output went before this element's was set aside, if it was
     dropped   the output is set aside for good
+    implied   an array's item that has no tags of its own
     """
 
-    def __init__(self, name: str, schema: Schema, parent: "_Element | None") -> None:
+    def __init__(
+        self, name: str, keyword: str | None, schema: Schema, parent: "_Element | None"
+    ) -> None:
         self.name = name
+        self.keyword = keyword
         self.schema = schema
         self.parent = parent
         self.kind = _Kind.UNDECIDED if parent is None else _kind(schema.types)
         self.text: list[str] = []
+        self.fresh = 0
+        self.stray = False
         self.count = 0
         self.names: set[str] = set()
-        self.last = ""
         self.kept: _Element | None = None
-        self.values: list[str] = []
+        self.aside: dict[str, list[str]] = {}
         self.saved: list[str] | None = None
         self.dropped = False
+        self.implied = False
 
     @property
-    def is_text(self) -> bool:
-        return self.kind in (_Kind.STRING, _Kind.NULLABLE_STRING)
+    def place(self) -> Place:
+        if self.parent is None:
+            return Place.CALL
+        types = self.schema.types
+        if self.kind in (_Kind.STRING, _Kind.NULLABLE_STRING):
+            return Place.STRING
+        if types and not types & _CONTAINERS:
+            return Place.STRING if "string" in types else Place.SCALAR
+        return Place.MEMBER if types and "string" not in types else Place.FREE
 
     def take_text(self) -> str:
         text = "".join(self.text)
         self.text.clear()
+        self.fresh = 0
         return text
+
+    def take_fresh(self) -> str:
+        """The text since the last child."""
+        text = "".join(self.text[self.fresh :])
+        del self.text[self.fresh :]
+        return text
+
+    def end_child(self) -> None:
+        self.fresh = len(self.text)
+        self.stray = False
 
 
 class Arguments:
     """The JSON object of one call. ``take`` returns what was written since the last time.
 
-    A name that comes again after its value is written for good is dropped. Text between members
-    is kept under "$text" (with more "$" if that is taken).
+    A string or list that comes again after another one has been written is dropped. Text between
+    members is kept under "$text" (with more "$" if that is taken).
     """
 
     def __init__(self, schema: Schema) -> None:
-        self._stack = [_Element("", schema, None)]
+        self._stack = [_Element("", None, schema, None)]
         self._out: list[str] = []
 
     def take(self) -> str:
@@ -98,12 +138,26 @@ class Arguments:
         out.clear()
         return text
 
+    @property
+    def place(self) -> Place:
+        return self._stack[-1].place
+
+    def closes(self, name: str) -> bool:
+        """Whether this name closes the innermost element that has tags."""
+        top = next(element for element in reversed(self._stack) if not element.implied)
+        return top.parent is not None and name in (top.name, top.keyword)
+
     def is_open(self, name: str) -> bool:
-        return any(element.name == name for element in self._stack[1:])
+        return any(name in (e.name, e.keyword) and not e.implied for e in self._stack[1:])
 
     def expects(self, name: str) -> bool:
         """Whether the schema has a member of this name where the parser stands."""
-        return self._stack[-1].schema.has_member(name)
+        schema = self._stack[-1].schema
+        return schema.has_member(name) or schema.items().has_member(name)
+
+    def allows(self, name: str) -> bool:
+        """Whether there may be a member of this name: there is, or the schema names none."""
+        return self.expects(name) or not self._stack[-1].schema.has_members
 
     def text(self, text: str) -> None:
         top = self._stack[-1]
@@ -113,38 +167,62 @@ class Arguments:
                 top.kind = _Kind.STRING
                 self._begin(top, '"')
         if top.kind is _Kind.STRING:
-            self._out.append(_escaped(text))
+            self._out.append(escaped(text))
         else:
             top.text.append(text)
 
-    def open(self, name: str) -> None:
+    def stray(self) -> None:
+        """A marker without a tag: what follows may be a value without its opening tag."""
         top = self._stack[-1]
-        if top.is_text or len(self._stack) > MAX_DEPTH:
+        top.fresh = len(top.text)
+        top.stray = True
+
+    def open(self, name: str, keyword: str | None = None) -> None:
+        if len(self._stack) > MAX_DEPTH:
             self.text(f"<{name}>")
             return
+        top = self._stack[-1]
         if top.kind is _Kind.UNDECIDED:
             self._decide(top, name)
+        top = self._implied_item(top, name)
         if top.kind is _Kind.OBJECT:
-            element = self._member(top, name)
+            element = self._member(top, name, keyword)
         else:
             self._add_text_items(top)
-            element = _Element(name, top.schema.items(), top)
-        self._stack.append(element)
-        if element is top.kept and element.name in top.names:
-            return
-        top.names.add(name)
-        if element.kind is _Kind.STRING:
-            self._begin(element, '"')
-        elif element.kind is _Kind.ARRAY:
-            self._begin(element, "[")
+            element = _Element(name, keyword, top.schema.items(), top)
+        self._push(element)
 
     def close(self, name: str) -> None:
-        """Close the innermost element of this name and all within; text if there is none."""
-        if self.is_open(name):
-            while self._close_top(complete=True) != name:
-                pass
-        elif self._stack[-1].is_text:
-            self.text(f"</{name}>")
+        """Close the innermost element of this name and all within."""
+        closed = False
+        while not closed:
+            element = self._stack[-1]
+            closed = name in (element.name, element.keyword) and not element.implied
+            self._close_top(complete=True)
+
+    def close_top(self) -> None:
+        """Close the innermost element, whatever closes it."""
+        self._close_top(complete=True)
+
+    def close_unopened(self, name: str) -> None:
+        """A closing tag of nothing: its opening tag was left out, and the text before is its value.
+
+        Without such text, or in an element that holds only text, it closes the element.
+        """
+        top = self._stack[-1]
+        names_member = name == ITEM or self.expects(name)
+        if top.parent is not None and top.kind is _Kind.UNDECIDED and not names_member:
+            self.close_top()
+            return
+        stray = top.stray
+        text = top.take_fresh()
+        top.stray = False
+        value = text if stray else text.lstrip().removeprefix(f"<{name}>")
+        if not (stray or value.strip()):
+            return
+        self.open(name)
+        self.text(value)
+        self.close(name)
 
     def finish(self, complete: bool) -> None:
         """Close everything. ``complete`` false: the text broke off, and what it broke off in is
@@ -152,11 +230,57 @@ class Arguments:
         while self._stack:
             self._close_top(complete)
 
+    def break_off(self) -> None:
+        """End without closing anything: a limit cut the call off, and it must not look complete.
+
+        Members that are complete are written, unless the text broke off inside a string or list.
+        """
+        root = self._stack[0]
+        if root.kind is _Kind.UNDECIDED:
+            self._begin(root, "{")
+            root.kind = _Kind.OBJECT
+        for element in reversed(self._stack):
+            if element.saved is not None:
+                self._out = element.saved
+        inside = next((e for e in self._stack[1:2] if e.saved is None), None)
+        if inside is not None and inside.kind is _Kind.NULLABLE_STRING:
+            root.kept = inside = None
+        if inside is None:
+            self._end_kept(root)
+            self._add_aside(root)
+        self._stack.clear()
+
+    def _push(self, element: _Element) -> None:
+        """Make an element the innermost one, and write its beginning if its kind is known."""
+        parent = element.parent
+        assert parent is not None
+        again = element is parent.kept and element.name in parent.names
+        self._stack.append(element)
+        parent.names.add(element.name)
+        if again:
+            if element.kind is not _Kind.ARRAY:
+                self._begin_again(element)
+        elif element.kind is _Kind.STRING:
+            self._begin(element, '"')
+        elif element.kind is _Kind.ARRAY:
+            self._begin(element, "[")
+
+    def _begin_again(self, element: _Element) -> None:
+        """A string that comes again adds a line; one that was null so far begins."""
+        if element.kind is _Kind.NULLABLE_STRING:
+            text = element.take_text()
+            if text == "null":
+                return
+            element.kind = _Kind.STRING
+            self._begin(element, '"')
+            self._out.append(escaped(text))
+        self._out.append(escaped("\n"))
+
     def _decide(self, element: _Element, child: str) -> None:
         """An element's first child says whether it is an object or an array."""
         array = "array" in element.schema.types
         if array == ("object" in element.schema.types):
-            array = child == "item" and not element.schema.has_member("item")
+            array = child == ITEM and not element.schema.has_member(ITEM)
         if array and element.parent is not None:
             element.kind = _Kind.ARRAY
             self._begin(element, "[")
@@ -164,62 +288,99 @@ class Arguments:
             element.kind = _Kind.OBJECT
             self._begin(element, "{")
 
-    def _member(self, parent: _Element, name: str) -> _Element:
+    def _implied_item(self, top: _Element, child: str) -> _Element:
+        """The element that a child belongs to, where an array of objects lacks its item tags.
+
+        An item without tags ends at an item with tags, and where a member comes a second time.
+        """
+        if top.implied:
+            again = child in top.names and top.schema.member(child).types != _LIST
+            if child == ITEM or again:
+                self.close_top()
+                top = self._stack[-1]
+        if top.kind is _Kind.ARRAY and child != ITEM and "object" in top.schema.items().types:
+            self._add_text_items(top)
+            element = _Element(ITEM, None, top.schema.items(), top)
+            element.kind = _Kind.OBJECT
+            element.implied = True
+            self._stack.append(element)
+            self._begin(element, "{")
+            top = element
+        return top
+
+    def _member(self, parent: _Element, name: str, keyword: str | None) -> _Element:
         """A child of an object: a new one, a repetition, or one to be dropped."""
-        repeated = name == parent.last
-        if repeated and parent.kept is not None:
-            return parent.kept
-        repeated = repeated and bool(parent.values)
-        if not repeated:
-            self._end_member(parent)
-        element = _Element(name, parent.schema.member(name), parent)
-        types = element.schema.types
-        if name in parent.names and not repeated:
-            element.dropped = True
-        else:
-            parent.last = name
-        if element.dropped or not types or ("array" in types and types != _LIST):
-            element.saved, self._out = self._out, []
-        elif types == _LIST:
+        kept = parent.kept
+        if kept is not None and kept.name == name:
+            kept.keyword = keyword
+            return kept
+        element = _Element(name, keyword, parent.schema.member(name), parent)
+        is_aside = any(e.saved is not None for e in self._stack)
+        written = element.kind is not _Kind.UNDECIDED and not is_aside
+        element.dropped = written and name in parent.names
+        if written and not element.dropped:
+            self._end_kept(parent)
             parent.kept = element
+        else:
+            element.saved, self._out = self._out, []
         return element
 
-    def _end_member(self, parent: _Element) -> None:
-        """The last member will have no further repetition: write what it is still owed."""
-        kept, values = parent.kept, parent.values
-        parent.kept, parent.values = None, []
-        if kept is not None:
-            self._out.append("]")
-        elif values:
-            value = values[0] if len(values) == 1 else f"[{','.join(values)}]"
-            self._add_member(parent, parent.last, value)
-
-    def _close_top(self, complete: bool) -> str:
-        """Close the innermost element and return its name."""
-        element = self._stack[-1]
-        if not complete and not element.is_text:
-            element.text.clear()
-        parent = element.parent
-        if element.kind is _Kind.STRING:
+    def _end_kept(self, parent: _Element) -> None:
+        """The string or list that was written last will have no further repetition."""
+        kept, parent.kept = parent.kept, None
+        if kept is None:
+            return
+        if kept.kind is _Kind.STRING:
             self._out.append('"')
-        elif element.kind is _Kind.OBJECT:
-            self._end_member(element)
+        elif kept.kind is _Kind.ARRAY:
+            self._out.append("]")
+        else:
+            self._begin(kept, to_json(kept.take_text(), kept.schema))
+
+    def _add_aside(self, parent: _Element) -> None:
+        """Write the members that were set aside; several values of one are a list."""
+        for name, values in parent.aside.items():
+            value = values[0]
+            if len(values) > 1:
+                types = parent.schema.member(name).types
+                # Lists of one name are one list, where the schema has lists.
+                flat = [v[1:-1] if "array" in types and v.startswith("[") else v for v in values]
+                value = f"[{','.join(v for v in flat if v)}]"
+            self._add_member(parent, name, value)
+        parent.aside.clear()
+
+    def _close_top(self, complete: bool) -> None:
+        """Close the innermost element."""
+        element = self._stack[-1]
+        parent = element.parent
+        if not complete and element.place is not Place.STRING:
+            element.text.clear()
+        is_kept = parent is not None and parent.kept is element
+        if element.kind is _Kind.OBJECT:
+            self._end_kept(element)
+            self._add_aside(element)
             self._add_mixed_text(element)
             self._out.append("}")
         elif element.kind is _Kind.ARRAY:
             self._add_text_items(element)
-            if parent is None or parent.kept is not element:
+            if not is_kept:
                 self._out.append("]")
+        elif element.kind is _Kind.STRING:
+            if not is_kept:
+                self._out.append('"')
         elif parent is None:
             self._out.append(_root_object(element.take_text()))
-        elif complete:
-            self._begin(element, to_json(element.take_text(), element.schema.types))
+        elif complete and not is_kept:
+            self._begin(element, to_json(element.take_text(), element.schema))
+        elif is_kept and not complete:
+            parent.kept = None
         self._stack.pop()
         if element.saved is not None:
             value, self._out = "".join(self._out), element.saved
             if parent is not None and value and not element.dropped:
-                parent.values.append(value)
-        return element.name
+                parent.aside.setdefault(element.name, []).append(value)
+        if parent is not None:
+            parent.end_child()
 
     def _begin(self, element: _Element, value: str) -> None:
         """Write the beginning of an element's value, or all of it, at its place."""
@@ -232,7 +393,7 @@ class Arguments:
             self._add_item(parent, value)
 
     def _add_member(self, parent: _Element, name: str, value: str) -> None:
-        self._out.append(f"{',' if parent.count else ''}{_quoted(name)}:{value}")
+        self._out.append(f"{',' if parent.count else ''}{quoted(name)}:{value}")
         parent.count += 1
 
     def _add_item(self, array: _Element, value: str) -> None:
@@ -245,63 +406,24 @@ class Arguments:
         while name in element.names:
             name = "$" + name
         if text:
-            self._add_member(element, name, _quoted(text))
+            self._add_member(element, name, quoted(text))
 
     def _add_text_items(self, array: _Element) -> None:
         """Text between an array's items is an item, or several if it is a JSON array itself."""
         text = array.take_text()
         stripped = text.strip()
-        types = array.schema.items().types
-        if _literal_type(stripped) == "array" and "array" not in types:
+        items = array.schema.items()
+        if literal_type(stripped) == "array" and "array" not in items.types:
             stripped = text = stripped[1:-1].strip()
             if stripped:
                 self._add_item(array, text)
         elif stripped:
-            self._add_item(array, to_json(text, types))
-
-
-def to_json(text: str, types: frozenset[str]) -> str:
-    """A value's text as JSON of one of ``types`` (of any if empty), or as a string."""
-    stripped = text.strip()
-    if not types:
-        return stripped if _literal_type(stripped) not in (None, "string") else _quoted(text)
-    if "null" in types and (stripped == "null" or not (stripped or "string" in types)):
-        return "null"
-    if "boolean" in types and stripped.lower() in ("true", "false"):
-        return stripped.lower()
-    integer = _INTEGER.fullmatch(stripped) if "integer" in types else None
-    if integer is not None:
-        return integer[1]
-    if "number" in types and _NUMBER.fullmatch(stripped):
-        return stripped
-    containers = types & {"array", "object"}
-    if containers and _literal_type(stripped) in containers:
-        return stripped
-    if containers and not (stripped or "string" in types):
-        return "[]" if "array" in containers else "{}"
-    return _quoted(text)
-
-
-def _literal_type(text: str) -> str | None:
-    """The type of a JSON text; None if it is none."""
-    try:
-        return json_type(orjson.loads(text))
-    except orjson.JSONDecodeError:
-        return None
+            self._add_item(array, to_json(text, items))
 
 
 def _root_object(text: str) -> str:
     """The arguments of a call without elements: its text may be the object itself."""
     stripped = text.strip()
-    if not stripped or _literal_type(stripped) == "object":
+    if not stripped or literal_type(stripped) == "object":
         return stripped or "{}"
-    return "{" + f'"$text":{_quoted(stripped)}' + "}"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _escaped(text: str) -> str:
-    """Text as it stands inside a JSON string."""
-    return _quoted(text)[1:-1]
+    return "{" + f'"$text":{quoted(stripped)}' + "}"

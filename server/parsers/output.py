@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from eaglerun.server.parsers.parts import Content, Part
-from eaglerun.server.parsers.reasoning import ReasoningParser
+from eaglerun.server.parsers.reasoning import ReasoningParser, Start
 from eaglerun.server.parsers.schema import JsonSchema
 from eaglerun.server.parsers.tools import ToolParser
 
@@ -12,19 +12,24 @@ class OutputParser:
     """The reasoning parser, with the tool parser behind it where the request has tools.
 
     ``forced`` is text that the prompt ends with but that belongs to the answer (the opening tag
-    of a tool call that must be made); its parts come with the first ones.
+    of a tool call that must be made); its parts come with the first ones. Then only tools that
+    were offered are called.
     """
 
     def __init__(
         self,
         *,
-        starts_in_reasoning: bool = False,
+        start: Start = Start.TURN,
         tools: Mapping[str, JsonSchema] | None = None,
         max_calls: int | None = None,
         forced: str = "",
     ) -> None:
-        self._reasoning = ReasoningParser(starts_in_reasoning)
-        self._tools = None if tools is None else ToolParser(tools, max_calls)
+        self._reasoning = ReasoningParser(start, has_tools=tools is not None)
+        self._tools = None
+        if tools is not None:
+            self._tools = ToolParser(tools, max_calls, only_offered=bool(forced))
+        # What the prompt brought is no part of the generated text.
+        self._num_forced = len(forced)
         self._first: list[Part] = []
         if forced:
             self._first = self.feed(forced)
@@ -40,10 +45,11 @@ class OutputParser:
     def feed(self, text: str) -> list[Part]:
         return self._with_first(self._behind(self._reasoning.feed(text)))
 
-    def finish(self) -> list[Part]:
-        parts = self._behind(self._reasoning.finish())
+    def finish(self, cut: bool = False) -> list[Part]:
+        """The rest. ``cut``: a limit ended the text, and what is open stays incomplete."""
+        parts = self._behind(self._reasoning.finish(cut))
         if self._tools is not None:
-            parts += self._tools.finish()
+            parts += self._tools.finish(cut)
         return self._with_first(parts)
 
     def _behind(self, parts: list[Part]) -> list[Part]:
@@ -52,7 +58,10 @@ class OutputParser:
             return parts
         found: list[Part] = []
         for part in parts:
-            found += tools.feed(part.text) if isinstance(part, Content) else [part]
+            if isinstance(part, Content):
+                found += tools.feed(part.text, part.at - self._num_forced)
+            else:
+                found.append(part)
         return found
 
     def _with_first(self, parts: list[Part]) -> list[Part]:

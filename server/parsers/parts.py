@@ -10,9 +10,10 @@ class Reasoning(NamedTuple):
 
 
 class Content(NamedTuple):
-    """Text of the answer."""
+    """Text of the answer; it stands at character ``at`` of the generated text."""
 
     text: str
+    at: int = 0
 
 
 class CallStart(NamedTuple):
@@ -30,7 +31,7 @@ class CallArguments(NamedTuple):
 
 
 class CallEnd(NamedTuple):
-    """No more arguments for this call."""
+    """The call is complete. A call that the answer's limit cut off has no end."""
 
     call: int
 

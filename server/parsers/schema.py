@@ -35,6 +35,11 @@ class Schema:
     def types(self) -> frozenset[str]:
         return frozenset(name for node in self._alternatives for name in _types(node))
 
+    @cached_property
+    def has_members(self) -> bool:
+        """Whether members are named at all."""
+        return any(_mapping(node, "properties") for node in self._alternatives)
+
     def has_member(self, name: str) -> bool:
         return any(name in _mapping(node, "properties") for node in self._alternatives)
 

@@ -154,7 +154,7 @@ def test_reasoning_is_told_apart_and_counted():
 
 @pytest.mark.parametrize("groups", [(1,), (2,), (3,), (5,), (20,), (1, 4, 2)])
 def test_reasoning_is_counted_for_any_grouping(groups):
-    answer = ask(says("a<mm:think>sum</mm:think>4", groups=groups))
+    answer = ask(says("\n</mm:think><mm:think>sum</mm:think>4", groups=groups))
     assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 5}
 
 
@@ -187,7 +187,7 @@ def test_tool_calls():
     answer = ask(says("<mm:think>hm</mm:think>Checking.\n" + CALL), tools=[WEATHER])
     [choice] = answer["choices"]
     assert choice["finish_reason"] == "tool_calls"
-    assert choice["message"]["content"] == "Checking."
+    assert choice["message"]["content"] == "Checking.\n"
     [call] = choice["message"]["tool_calls"]
     assert call["id"].startswith("call_")
     assert call["function"] == {
@@ -412,7 +412,7 @@ def test_arguments_are_streamed_as_they_come():
         for choice in event["choices"]
         for call in choice["delta"].get("tool_calls", ())
     ]
-    assert deltas == ["", '{"city":"', "P", "a", "r", "i", "s", '"', ',"days":[', "1", "]}"]
+    assert deltas == ["", '{"city":"', "P", "a", "r", "i", "s", '","days":[', "1", "]}"]
 
 
 FRAGMENTS = ("<mm:think>", "</mm:think>", NS, CALL, "text ", "é", "\n", "<city>", '"', "😀", "]<]")

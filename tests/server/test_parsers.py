@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import Counter
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +18,7 @@ from eaglerun.server.parsers.parts import (
     Part,
     Reasoning,
 )
+from eaglerun.server.parsers.reasoning import Start
 from eaglerun.server.parsers.schema import Schema
 
 NS = "]<]minimax[>["
@@ -75,7 +76,8 @@ class Answer:
                 case CallEnd(index):
                     assert index == open_call
                     open_call = None
-        assert open_call is None
+        # A call that a limit cut off has no end.
+        self.open_call = open_call
 
     @property
     def parsed(self) -> list[tuple[str, object]]:
@@ -88,10 +90,12 @@ class Answer:
         return f"Answer({vars(self)})"
 
 
-def read(chunks: Iterable[str], **options: Any) -> Answer:
+def read(chunks: Iterable[str], cut: bool = False, **options: Any) -> Answer:
     parser = OutputParser(**({"tools": TOOLS} | options))
     parts = [part for chunk in chunks for part in parser.feed(chunk)]
-    return Answer(parts + parser.finish())
+    answer = Answer(parts + parser.finish(cut))
+    assert cut or answer.open_call is None
+    return answer
 
 
 def tag(text: str) -> str:
@@ -116,18 +120,19 @@ def test_a_block_is_reasoning_and_the_rest_content():
     assert (answer.reasoning, answer.content) == ("need weather", "Checking.")
 
 
-def test_text_before_the_block_is_content():
-    answer = read(["Hm. <mm:think>so</mm:think> Yes."], tools=None)
-    assert (answer.reasoning, answer.content) == ("so", "Hm.  Yes.")
+def test_a_block_after_other_text_is_content():
+    text = "Hm. <mm:think>so</mm:think> Yes."
+    answer = read([text], tools=None)
+    assert (answer.reasoning, answer.content) == ("", text)
 
 
 def test_a_prompt_that_opens_the_block_starts_in_reasoning():
-    answer = read(["simple sum</mm:think>4"], starts_in_reasoning=True)
+    answer = read(["simple sum</mm:think>4"], start=Start.REASONING)
     assert (answer.reasoning, answer.content) == ("simple sum", "4")
 
 
 def test_an_opening_marker_said_twice_is_dropped():
-    answer = read(["\n<mm:think>a</mm:think>b"], starts_in_reasoning=True)
+    answer = read(["\n<mm:think>a</mm:think>b"], start=Start.REASONING)
     assert (answer.reasoning, answer.content) == ("a", "b")
 
 
@@ -227,12 +232,19 @@ def test_a_call_without_parameters():
 
 
 def test_tags_inside_a_string_are_its_text():
-    assert call("~<city>a ~<b>bold~</b> <i>~</city>") == {"city": "a <b>bold</b> <i>"}
+    text = tag("a ~<b>bold~</b> <i>")
+    assert call(f"~<city>{text}~</city>") == {"city": text}
 
 
-def test_a_name_that_comes_again_after_its_value_is_dropped():
-    assert call("~<city>a~</city>~<city>b~</city>~<ratio>1~</ratio>") == {"city": "a", "ratio": 1}
-    assert call("~<a>1~</a>~<b>2~</b>~<a>~<x>3~</x>~</a>", "echo") == {"a": 1, "b": 2}
+def test_a_name_that_comes_again_keeps_both_values():
+    text = "~<city>a~</city>~<ratio>1~</ratio>~<city>b~</city>"
+    assert call(text) == {"city": "a\nb", "ratio": 1}
+    assert call("~<a>1~</a>~<b>2~</b>~<a>~<x>3~</x>~</a>", "echo") == {"a": [1, {"x": 3}], "b": 2}
+
+
+def test_a_string_that_comes_again_after_another_one_is_dropped():
+    text = "~<city>a~</city>~<note>b~</note>~<city>c~</city>"
+    assert call(text) == {"city": "a", "note": "b"}
 
 
 def test_nesting_has_a_limit():
@@ -267,10 +279,10 @@ def test_a_call_that_breaks_off_keeps_what_was_complete():
     assert read([tag(start + "~<ci")]).parsed == [("get_weather", {"ratio": 1})]
 
 
-def test_white_space_around_a_block_is_dropped_and_other_text_is_not():
+def test_white_space_of_text_around_a_block_is_kept_and_other_is_not():
     block = '~<tool_call>~<invoke name="echo">~</invoke>\n~</tool_call>'
     assert read([tag("\n" + block + "\n")]).content == ""
-    assert read([tag("Look: \n" + block + "\nDone. ")]).content == "Look:\nDone."
+    assert read([tag("Look: \n" + block + "\nDone. ")]).content == "Look: \n\nDone. "
     assert read([" \n"]).content == " \n"
 
 
@@ -298,8 +310,9 @@ def test_strings_are_streamed():
     parser.feed(tag('~<tool_call>~<invoke name="get_weather">'))
     assert parser.feed(tag("~<city>")) == [CallArguments(0, '{"city":"')]
     assert parser.feed('Par"') == [CallArguments(0, 'Par\\"')]
-    assert parser.feed(tag("is~</city>")) == [CallArguments(0, 'is"')]
-    assert parser.feed(tag("~<days>~<item>1~</item>")) == [CallArguments(0, ',"days":[1')]
+    assert parser.feed(tag("is~</city>")) == [CallArguments(0, "is")]
+    # The same name could follow.
+    assert parser.feed(tag("~<days>~<item>1~</item>")) == [CallArguments(0, '","days":[1')]
     assert parser.feed(tag("~<item>2~</item>")) == [CallArguments(0, ",2")]
 
 
@@ -339,26 +352,25 @@ def split_texts(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 @settings(max_examples=400 * SCALE, deadline=None)
-@given(split_texts(), st.booleans(), st.sampled_from([None, TOOLS]))
-def test_chunks_do_not_matter(split, starts_in_reasoning, tools):
+@given(split_texts(), st.sampled_from(list(Start)), st.sampled_from([None, TOOLS]), st.booleans())
+def test_chunks_do_not_matter(split, start, tools, cut):
     text, chunks = split
-    options = {"starts_in_reasoning": starts_in_reasoning, "tools": tools}
+    options = {"start": start, "tools": tools, "cut": cut}
     whole = read([text], **options)
     assert read(chunks, **options) == whole
     assert read(text, **options) == whole
-    for _, arguments in whole.calls:
+    for _, arguments in whole.calls[: len(whole.calls) - (whole.open_call is not None)]:
         assert isinstance(json.loads(arguments), dict)
 
 
 @settings(max_examples=200 * SCALE, deadline=None)
 @given(TEXTS)
 @example("</mm:think><mm:think></mm:think>")
-def test_nothing_but_markers_and_outer_space_is_lost(text):
-    """One pair of markers, and a closing one of nothing at the start."""
+@example("<mm:think></mm:think></mm:think>")
+def test_nothing_but_markers_and_the_space_before_them_is_lost(text):
+    """One block, with closing markers of nothing before it and behind it."""
     answer = read([text], tools=None)
-    lost = Counter("".join(text.split()))
-    lost.subtract("".join((answer.reasoning + answer.content).split()))
-    stray = "</mm:think>" if text.lstrip().startswith("</mm:think>") else ""
-    pairs = [a + b for a in ("", "<mm:think>") for b in ("", "</mm:think>")]
-    assert +lost in [Counter(stray + pair) for pair in pairs]
-    assert not -lost
+    leading = r"(\s*</mm:think>)*(\s*<mm:think>)?"
+    closing = r"(</mm:think>(\s*</mm:think>)*)?"
+    kept = [re.escape(part) for part in (answer.reasoning, answer.content)]
+    assert re.fullmatch(leading + kept[0] + closing + kept[1], text)
