@@ -12,6 +12,9 @@ from eaglerun.spec import DraftSpec, TargetSpec
 
 Shape = tuple[int, ...]
 
+# What older libraries saved of rotary embeddings beside the weights.
+COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -35,6 +38,7 @@ class NameMap:
     parts     part -> parameter: each has to be brought by exactly one tensor
     prefixes  what may stand before a name
     skipped   beginnings of full names that belong to parts this build does not have
+    zeros     tensors that say something only where they are not zero, without prefix
     """
 
     prefixes: tuple[str, ...]
@@ -42,6 +46,14 @@ class NameMap:
     shapes: dict[str, Shape] = field(default_factory=dict)
     pieces: dict[str, Piece] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
+    zeros: set[str] = field(default_factory=set)
+
+    def is_skipped(self, name: str) -> bool:
+        """Whether a tensor has no place here: another part's, or a table that is computed."""
+        return name.startswith(self.skipped) or name.endswith(COMPUTED)
+
+    def must_be_zero(self, name: str) -> bool:
+        return any(name == prefix + zero for prefix in self.prefixes for zero in self.zeros)
 
     def find(self, name: str) -> Piece | None:
         """The piece of a tensor by its full name."""
@@ -220,9 +232,11 @@ def _mlp(names: NameMap, parameter: str, modules: tuple[str, ...], hidden: int, 
 def draft_names(spec: DraftSpec) -> NameMap:
     """The names of the draft: TorchSpec's layers.0 and SafeAILab's midlayer.
 
-    t2d is the inverse of d2t and mask_hidden serves parallel drafting: neither is used here.
+    t2d is the inverse of d2t and mask_hidden serves parallel drafting: neither is used here. A
+    draft whose vocabulary is the target's may store d2t too: its offsets must be zeros.
     """
-    names = NameMap(prefixes=("", "model."), skipped=("t2d", "mask_hidden"))
+    unused = ("t2d", "mask_hidden", "model.t2d", "model.mask_hidden")
+    names = NameMap(prefixes=("", "model."), skipped=unused)
     hidden, chunk, chunks = spec.hidden_size, spec.target_hidden_size, len(spec.taps)
     names.whole("embed_tokens.weight", (spec.vocab_size, hidden))
     if spec.use_aux_hidden_state:
@@ -246,4 +260,6 @@ def draft_names(spec: DraftSpec) -> NameMap:
         names.whole("lm_head.weight", (spec.draft_vocab_size, hidden))
     if spec.draft_vocab_size < spec.vocab_size:
         names.whole("d2t", (spec.draft_vocab_size,))
+    else:
+        names.zeros.add("d2t")
     return names

@@ -33,6 +33,7 @@ FLOATS = ("BF16", "F16", "F32")
 INDEX = "model.safetensors.index.json"
 # How many faults of a checkpoint one message lists.
 MAX_FAULTS = 8
+NOT_MOVED = "the draft's vocabulary is the target's, and its ids are used as they are"
 # Which tensors go where, in the order of the files that hold them.
 Plan = dict[Path, list[tuple[str, Piece]]]
 
@@ -222,7 +223,11 @@ def _plan(path: Path, names: NameMap, optional: tuple[str, ...]) -> Plan:
                 for name in sorted(promised.difference(present))
             ]
             for name in present:
-                if name.startswith(names.skipped):
+                if names.is_skipped(name):
+                    continue
+                if names.must_be_zero(name):
+                    if tensors.get_tensor(name).any():
+                        faults.append(f"{file}: tensor {name} is not zero: {NOT_MOVED}")
                     continue
                 stored = tensors.get_slice(name)
                 shape, dtype = tuple(stored.get_shape()), stored.get_dtype()

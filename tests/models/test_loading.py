@@ -549,9 +549,35 @@ def test_draft_vocabulary(spec, target, tmp_path):
     assert "d2t has dtype I32: d2t takes I64" in refused(d2t=d2t.int())
     del tensors["d2t"]
     assert "no tensor for parameter d2t" in refused()
-    full = draft_spec(spec)
-    path = written(tmp_path, draft_tensors(full) | {"d2t": torch.zeros(60, dtype=torch.int64)})
-    assert "tensor d2t I64 (60,) belongs to no parameter" in refusal(new_draft(full), path, target)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_full_vocabulary_draft_may_store_tables_of_ids(spec, target, tmp_path, prefix, dtype):
+    draft = draft_spec(spec)
+    tensors = draft_tensors(draft)
+    d2t = torch.zeros(60, dtype=dtype)
+    unused = {
+        prefix + "d2t": d2t,
+        prefix + "t2d": torch.ones(60, dtype=torch.bool),
+        "midlayer.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    model = new_draft(draft)
+    load_draft(model, written(tmp_path, tensors | unused), draft, target)
+    assert_holds(model, fused_draft(tensors))
+    d2t[3] = 1
+    message = refusal(new_draft(draft), written(tmp_path, tensors | unused), target)
+    assert f"tensor {prefix}d2t is not zero: the draft's vocabulary is the target's" in message
+
+
+def test_rotary_tables_of_the_target_are_skipped(saved, spec, tmp_path):
+    tables = {
+        f"language_model.model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4)
+        for i in range(spec.num_hidden_layers)
+    }
+    model = new_target(spec)
+    load_target(model, written(tmp_path, saved[2] | tables), spec)
+    assert_holds(model, fused(saved[2]))
 
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
