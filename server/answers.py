@@ -79,6 +79,7 @@ class AnswerMessage(BaseModel):
     content: str | None
     refusal: str | None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 
@@ -103,7 +104,19 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    token_ids: list[int] | None = None
     tokens: list[TracedToken] | None = None
+
+
+class PromptLogprob(BaseModel):
+    """vLLM's entry of one token; rank 1 is the best."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class ChatCompletion(BaseModel):
@@ -113,6 +126,8 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     metrics: Metrics | None = None
 
 
@@ -129,6 +144,9 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    token_ids: list[int] | None = None
     tokens: list[TracedToken] | None = None
 
 

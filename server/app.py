@@ -10,7 +10,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Match
+from starlette.types import Receive, Scope, Send
 
 from eaglerun.server import answers
 from eaglerun.server.auth import Guard, JsonRequest
@@ -61,8 +62,10 @@ def create_app(
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=("GET", "POST"),
-                allow_headers=("authorization", "content-type", "x-request-id"),
+                allow_methods=("GET", "HEAD", "POST"),
+                # Clients send headers of their own kinds, such as x-stainless-os. No cookie gives
+                # access here, so none of them needs to be kept out.
+                allow_headers=("*",),
                 expose_headers=("x-request-id", "retry-after"),
             ),
         )
@@ -83,7 +86,22 @@ def create_app(
 
 
 class _JsonRoute(APIRoute):
-    """A route whose body is read by JsonRequest."""
+    """A route whose body is read by JsonRequest. HEAD is answered where GET is."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        if match is Match.PARTIAL and self._is_head(scope):
+            match = Match.FULL
+        return match, child
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._is_head(scope):
+            await self.app(scope, receive, send)
+        else:
+            await super().handle(scope, receive, send)
+
+    def _is_head(self, scope: Scope) -> bool:
+        return scope["method"] == "HEAD" and "GET" in (self.methods or ())
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -140,6 +158,7 @@ def _text(backend: Backend) -> APIRouter:
                 body.messages,
                 tools,
                 add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
                 template_kwargs=values,
             )
             ids = prompt.token_ids
@@ -173,6 +192,7 @@ def _models(backend: Backend) -> APIRouter:
         return answers.ModelCard(id=name, created=settings.created, max_model_len=length)
 
     @router.get("/v1/models")
+    @router.get("/v1/models/", include_in_schema=False)
     async def list_models() -> answers.ModelList:
         return answers.ModelList(data=[card(name) for name in settings.model_names])
 

@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import re
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import sha256
@@ -23,6 +24,7 @@ from eaglerun.server.settings import Limits, RateLimit, Settings
 # Clients whose buckets are remembered; the one seen longest ago is forgotten first.
 MAX_BUCKETS = 4096
 MAX_NESTING = "eaglerun.max_nesting"
+MAX_BODY = "eaglerun.max_body_bytes"
 
 _OUR_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 # A string (to the end of the body where it is not closed), or a bracket.
@@ -55,6 +57,7 @@ class Guard:
         id_ = given if _OUR_ID.fullmatch(given) else new_id()
         scope[REQUEST_ID] = id_
         scope[MAX_NESTING] = self._settings.limits.max_nesting
+        scope[MAX_BODY] = self._settings.limits.max_body_bytes
         id_header = (b"x-request-id", id_.encode())
 
         async def send_with_id(message: Message) -> None:
@@ -157,14 +160,40 @@ class LimitedBody:
 
 
 class JsonRequest(Request):
-    """A request whose JSON body is parsed by orjson and is not nested too deeply."""
+    """A request whose JSON body is parsed by orjson and is not nested too deeply.
+
+    A body may come compressed by gzip; the limit of its size holds for what it unpacks to.
+    """
 
     async def json(self) -> object:
-        body = await self.body()
+        body = unpacked(
+            await self.body(),
+            self.headers.get("content-encoding", "identity"),
+            self.scope[MAX_BODY],
+        )
         limit = self.scope[MAX_NESTING]
         if is_nested(body, limit):
             raise ApiError(400, f"the body is nested deeper than {limit}")
         return orjson.loads(body)
+
+
+def unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+    """A body without its content encoding. ApiError for one that is broken, too large, unknown."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "x-gzip"):
+        raise ApiError(415, "content-encoding: only gzip and identity are supported")
+    unzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        found = unzip.decompress(body, limit + 1)
+    except zlib.error:
+        raise ApiError(400, "the body is not what gzip makes") from None
+    if len(found) > limit:
+        raise ApiError(413, f"the body unpacks to more than {limit} bytes", headers=_CLOSE)
+    if not unzip.eof or unzip.unused_data:
+        raise ApiError(400, "the body is not what gzip makes")
+    return found
 
 
 def is_nested(body: bytes, limit: int) -> bool:

@@ -12,9 +12,11 @@ import orjson
 from tokenizers import Tokenizer
 
 from eaglerun.errors import CheckpointError, RequestError
-from eaglerun.server.failures import overloaded, refuse
+from eaglerun.server.failures import ApiError, new_id, overloaded, refuse
+from eaglerun.server.fields import EFFORTS
 from eaglerun.server.parsers.reasoning import THINK_CLOSE, THINK_OPEN, Start
-from eaglerun.server.parsers.tools import INVOKE, TOOL_BLOCK
+from eaglerun.server.parsers.tags import MARKER
+from eaglerun.server.parsers.tools import TOOL_BLOCK
 from eaglerun.server.protocol import AssistantMessage, Message, ToolCall
 from eaglerun.server.settings import Limits, SamplingDefaults, Settings
 from eaglerun.server.template import ChatTemplate
@@ -31,18 +33,24 @@ class Prompt:
 
     start   what the answer begins with
     forced  text at its end that belongs to the answer
+    tails   the ways to go on with the forced text, one for each tool: its text and token ids
     """
 
     token_ids: tuple[int, ...]
     start: Start = Start.TURN
     forced: str = ""
+    tails: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def with_tail(self, text: str, token_ids: tuple[int, ...]) -> "Prompt":
+        return Prompt(self.token_ids + token_ids, self.start, self.forced + text)
 
 
 @dataclass(frozen=True, slots=True)
-class Forced:
-    """A tool call that must be made; of a certain tool, or (None) of any."""
+class Templates:
+    """A checkpoint's chat template, and the one for requests with tools, if it has two."""
 
-    tool: str | None
+    plain: ChatTemplate
+    with_tools: ChatTemplate
 
 
 class Chat:
@@ -53,10 +61,15 @@ class Chat:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, template: ChatTemplate | None, limits: Limits
+        self,
+        vocabulary: Vocabulary,
+        template: ChatTemplate | Templates | None,
+        limits: Limits,
     ) -> None:
         self.vocabulary = vocabulary
-        self._template = template
+        if isinstance(template, ChatTemplate):
+            template = Templates(template, template)
+        self._templates = template
         self._limits = limits
         self._threads = _threads()
         self._num_preparing = 0
@@ -70,26 +83,74 @@ class Chat:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
         *,
-        forced: Forced | None = None,
+        forced: Sequence[str] = (),
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, object],
+        field: str = "messages",
     ) -> Prompt:
-        """The prompt of a conversation; ApiError names what is wrong with it."""
-        turns = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        """The prompt of a conversation; ApiError names what is wrong with it.
+
+        ``forced``: one of these tools must be called. ``continue_final_message``: the last message
+        is the beginning of the answer. ``field`` is what the route calls the messages.
+        """
+        turns = [_turn(message) for message in messages]
+        mark, start = "", None
+        if continue_final_message:
+            mark = new_id()
+            start = _mark_end(turns[-1], mark)
 
         def work() -> Prompt:
-            if self._template is None:
-                raise refuse("messages", "the model has no chat template")
-            text = self._template.render(
+            text = self._render(
                 turns,
+                tools,
+                field,
+                add_generation_prompt=add_generation_prompt and not mark,
+                **template_kwargs,
+            )
+            if mark:
+                text, found, _ = text.rpartition(mark)
+                if not found:
+                    raise refuse(
+                        "continue_final_message", "the chat template leaves the final message out"
+                    )
+            return self._prompt(text, forced, start)
+
+        return await self._run(work)
+
+    def _render(
+        self,
+        turns: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        field: str,
+        *,
+        add_generation_prompt: bool,
+        **template_kwargs: object,
+    ) -> str:
+        if self._templates is None:
+            raise refuse(field, "the model has no chat template")
+        template = self._templates.with_tools if tools else self._templates.plain
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            return template.render(
+                messages,
                 tools or None,
                 self._limits.max_prompt_chars,
                 add_generation_prompt=add_generation_prompt,
                 **template_kwargs,
             )
-            return self._prompt(text, forced)
 
-        return await self._run(work)
+        try:
+            try:
+                return render(turns)
+            except ApiError:
+                # Arguments that are no object are text, which some templates cannot write.
+                changed = [_with_objects(turn) for turn in turns]
+                if changed == turns:
+                    raise
+                return render(changed)
+        except ApiError as error:
+            raise refuse(field, error.detail.removeprefix(f"{error.param}: ")) from error
 
     async def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
         """Plain texts as token ids."""
@@ -102,17 +163,19 @@ class Chat:
     async def decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
         return await self._run(lambda: self.vocabulary.decode(ids, skip_special_tokens))
 
-    def _prompt(self, text: str, forced: Forced | None) -> Prompt:
-        call = ""
-        if forced is not None:
-            # A turn without thinking begins with the closing marker, as the template writes it.
-            call = "" if text.endswith(THINK_CLOSE) else THINK_CLOSE
-            call += TOOL_BLOCK + INVOKE
-            if forced.tool is not None:
-                call += f'{forced.tool}">'
+    def _prompt(self, text: str, forced: Sequence[str], start: Start | None) -> Prompt:
+        if start is None:
+            start = Start.REASONING if text.endswith(THINK_OPEN) else Start.TURN
+        if not forced:
+            return Prompt(self.vocabulary.encode(text, add_special_tokens=False), start)
+        # A turn without thinking begins with the closing marker, as the template writes it.
+        call = "" if text.endswith(THINK_CLOSE) else THINK_CLOSE
+        call += TOOL_BLOCK + MARKER
         ids = self.vocabulary.encode(text + call, add_special_tokens=False)
-        start = Start.REASONING if text.endswith(THINK_OPEN) else Start.TURN
-        return Prompt(ids, start, call)
+        texts = [f'<invoke name="{name}">' for name in forced]
+        tails = [(tail, self.vocabulary.encode(tail, add_special_tokens=False)) for tail in texts]
+        prompt = Prompt(ids, start, call, tuple(tails))
+        return prompt if len(tails) > 1 else prompt.with_tail(*tails[0])
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         if self._num_preparing >= self._limits.max_preparing:
@@ -130,13 +193,36 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def template_values(
-    given: Mapping[str, object] | None, settings: Settings, effort: str | None = None
+    given: Mapping[str, object] | None,
+    settings: Settings,
+    *,
+    thinking: str | None = None,
+    effort: str | None = None,
+    effort_field: str = "reasoning_effort",
 ) -> dict[str, object]:
-    """chat_template_kwargs, if all of its names and values are allowed."""
-    values = dict(given or {})
-    if effort == "none":
-        if values.setdefault("thinking_mode", "disabled") != "disabled":
-            raise refuse("reasoning_effort", "none contradicts chat_template_kwargs.thinking_mode")
+    """chat_template_kwargs, if all of its names and values are allowed.
+
+    Several fields may say how to think; ApiError if they contradict each other.
+    """
+    values = {name: value for name, value in (given or {}).items() if value is not None}
+    modes = {}
+    if "thinking_mode" in values:
+        modes["chat_template_kwargs.thinking_mode"] = values["thinking_mode"]
+    if "enable_thinking" in values and "enable_thinking" not in settings.template_kwargs:
+        wish = values.pop("enable_thinking")
+        if not isinstance(wish, bool):
+            raise refuse("chat_template_kwargs.enable_thinking", "should be true or false")
+        modes["chat_template_kwargs.enable_thinking"] = "enabled" if wish else "disabled"
+    if thinking is not None:
+        modes["thinking.type"] = thinking
+    for field, mode in modes.items():
+        if mode != values.setdefault("thinking_mode", mode):
+            raise refuse(field, f"contradicts {next(iter(modes))}")
+    if effort is not None:
+        # A degree of thinking says no more than on or off where the mode is said too.
+        mode = values.setdefault("thinking_mode", EFFORTS[effort])
+        if (mode == "disabled") != (effort == "none"):
+            raise refuse(effort_field, f"{effort} contradicts {next(iter(modes))}")
     for name, value in values.items():
         param = f"chat_template_kwargs.{name[:64]}"
         if name not in settings.template_kwargs:
@@ -148,26 +234,59 @@ def template_values(
     return values
 
 
-def _turn(message: Message, param: str) -> dict[str, Any]:
-    """A message as templates expect it; arguments of calls become objects."""
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as templates expect it; arguments of calls become objects, if they are such."""
     turn = message.model_dump(
         include={"role", "content", "name", "reasoning_content", "tool_call_id"},
         exclude_none=True,
     )
     turn.setdefault("content", None)
     calls = []
-    for i, call in enumerate(_tool_calls(message)):
-        try:
-            arguments = orjson.loads(call.function.arguments or "{}")
-        except orjson.JSONDecodeError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise refuse(f"{param}.tool_calls[{i}].function.arguments", "should be a JSON object")
-        function = {"name": call.function.name, "arguments": arguments}
+    for call in _tool_calls(message):
+        function = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
         calls.append({"id": call.id, "type": "function", "function": function})
     if calls:
         turn["tool_calls"] = calls
+    elif turn["content"] is None and isinstance(message, AssistantMessage):
+        # It was interrupted before a word.
+        turn["content"] = ""
     return turn
+
+
+def _arguments(text: str) -> dict[str, Any] | str:
+    """An earlier call's arguments; what is no JSON object stays the text that it is."""
+    try:
+        found = orjson.loads(text or "{}")
+    except orjson.JSONDecodeError:
+        return text
+    return found if isinstance(found, dict) else text
+
+
+def _with_objects(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn whose calls all have objects as arguments; text is one under "$text"."""
+    calls = [call["function"] for call in turn.get("tool_calls", ())]
+    if all(isinstance(function["arguments"], dict) for function in calls):
+        return turn
+    changed = []
+    for call in turn["tool_calls"]:
+        function = call["function"]
+        if isinstance(function["arguments"], str):
+            function = function | {"arguments": {"$text": function["arguments"]}}
+        changed.append(call | {"function": function})
+    return turn | {"tool_calls": changed}
+
+
+def _mark_end(turn: dict[str, Any], mark: str) -> Start:
+    """Put a mark where the answer goes on, in the last turn; and what goes on there."""
+    if turn["role"] != "assistant":
+        raise refuse("continue_final_message", "the final message is not the assistant's")
+    if "tool_calls" in turn:
+        raise refuse("continue_final_message", "the final message has tool calls")
+    if not turn["content"] and turn.get("reasoning_content"):
+        turn["reasoning_content"] += mark
+        return Start.REASONING
+    turn["content"] += mark
+    return Start.CONTENT
 
 
 def _tool_calls(message: Message) -> list[ToolCall]:
@@ -198,10 +317,33 @@ def load_chat(path: Path, limits: Limits, template_file: Path | None = None) -> 
         for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         if (text := _token_text(config.get(name))) is not None
     }
-    template = None
-    if isinstance(source, str):
-        template = ChatTemplate(source, special, limits.template_seconds)
-    return Chat(vocabulary, template, limits)
+    plain, with_tools = _sources(source, path / "tokenizer_config.json")
+    if plain is None or with_tools is None:
+        return Chat(vocabulary, None, limits)
+    template = ChatTemplate(plain, special, limits.template_seconds)
+    if with_tools == plain:
+        return Chat(vocabulary, template, limits)
+    for_tools = ChatTemplate(with_tools, special, limits.template_seconds)
+    return Chat(vocabulary, Templates(template, for_tools), limits)
+
+
+def _sources(found: object, file: Path) -> tuple[str | None, str | None]:
+    """The templates without and with tools: one text, or a list of named ones.
+
+    Of a list, "default" is the template, and "tool_use" that of requests with tools.
+    """
+    if found is None or isinstance(found, str):
+        return found, found
+    named = {}
+    for entry in found if isinstance(found, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+            named[entry.get("name")] = entry["template"]
+    if "default" not in named:
+        raise CheckpointError(
+            f"{file}: chat_template must be a text, or a list of named templates with one that "
+            f"is named default"
+        )
+    return named["default"], named.get("tool_use", named["default"])
 
 
 def load_sampling(path: Path) -> SamplingDefaults:

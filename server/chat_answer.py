@@ -8,13 +8,16 @@ import orjson
 
 from eaglerun.messages import Finished, FinishReason, TokenLogprobs, Tokens
 from eaglerun.server.failures import new_id
-from eaglerun.server.logprobs import chat_logprobs
+from eaglerun.server.logprobs import ContentTokens, chat_logprobs, prompt_logprobs
 from eaglerun.server.parsers.output import OutputParser
 from eaglerun.server.parsers.parts import CallArguments, CallStart, Content, Part, Reasoning
 from eaglerun.server.parsers.reasoning import THINK_CLOSE, THINK_OPEN
 from eaglerun.server.stream import DONE, sse
-from eaglerun.server.usage import speculation_metrics, usage
+from eaglerun.server.usage import speculation_metrics, usage, usage_so_far
 from eaglerun.server.vocabulary import Vocabulary
+
+# Reasoning stands under both of the names that clients look for.
+REASONING = ("reasoning_content", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,8 @@ class ChatOptions:
 
     num_top_logprobs  None: no log-probabilities
     num_draft_tokens  the most drafts a step of this request
+    is_named_call     the request named the function that is called
+    continuous_usage  usage so far in every chunk
     report            speculation metrics at the end;  trace: which tokens were accepted drafts
     """
 
@@ -32,9 +37,15 @@ class ChatOptions:
     n: int
     new_parser: Callable[[], OutputParser]
     vocabulary: Vocabulary
+    prompt_ids: tuple[int, ...]
     num_draft_tokens: int
+    is_named_call: bool = False
     num_top_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     include_reasoning: bool = True
     report: bool = False
     trace: bool = False
@@ -43,15 +54,21 @@ class ChatOptions:
 class Choice:
     """One of the n answers: its parser and what is counted of it."""
 
-    def __init__(self, parser: OutputParser, vocabulary: Vocabulary) -> None:
-        self._parser = parser
-        self._open = vocabulary.id_of(THINK_OPEN)
-        self._close = vocabulary.id_of(THINK_CLOSE)
-        self._in_reasoning = parser.in_reasoning
+    def __init__(self, options: ChatOptions) -> None:
+        self._parser = options.new_parser()
+        self._is_named_call = options.is_named_call
+        self._open = options.vocabulary.id_of(THINK_OPEN)
+        self._close = options.vocabulary.id_of(THINK_CLOSE)
+        self._in_reasoning = self._parser.in_reasoning
+        self._content = None
+        if options.num_top_logprobs is not None:
+            self._content = ContentTokens(options.vocabulary, options.skip_special_tokens)
+        self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.finished: Finished | None = None
 
     def feed(self, event: Tokens) -> list[Part]:
+        self.num_tokens += len(event.token_ids)
         before = self._in_reasoning
         parts = self._parser.feed(event.text)
         self._in_reasoning = self._parser.in_reasoning
@@ -63,10 +80,18 @@ class Choice:
         self.finished = event
         return self._parser.finish(cut=event.reason is not FinishReason.STOP)
 
+    def logprobs(
+        self, parts: list[Part], tokens: Iterable[TokenLogprobs] = ()
+    ) -> list[TokenLogprobs]:
+        """What is now known of the content's tokens; nothing if nobody asked."""
+        return [] if self._content is None else self._content.take(tokens, parts)
+
     @property
     def finish_reason(self) -> str:
+        """As at OpenAI, a call of the function that the request named is no reason of its own."""
         assert self.finished is not None
-        if self.finished.reason is FinishReason.STOP and self._parser.num_calls:
+        called = self._parser.num_calls and not self._is_named_call
+        if self.finished.reason is FinishReason.STOP and called:
             return "tool_calls"
         return self.finished.reason.value
 
@@ -121,10 +146,12 @@ class ChatStream:
             "model": options.model,
         }
         self._usage = {"usage": None} if options.include_usage else {}
-        self._choices = [Choice(options.new_parser(), options.vocabulary) for _ in range(options.n)]
-        self._plain = options.num_top_logprobs is None and not options.trace
+        self._choices = [Choice(options) for _ in range(options.n)]
+        self._plain = options.num_top_logprobs is None and not (
+            options.trace or options.return_token_ids or options.continuous_usage
+        )
         self._content = [self._around(i, "content") for i in range(options.n)]
-        self._reasoning = [self._around(i, "reasoning_content") for i in range(options.n)]
+        self._reasoning = [self._around(i, *REASONING) for i in range(options.n)]
         self._begun = [False] * options.n
 
     def tokens(self, event: Tokens) -> bytes:
@@ -137,20 +164,19 @@ class ChatStream:
             if len(parts) == 1:
                 part = parts[0]
                 if type(part) is Content:
-                    before, after = self._content[index]
-                    return start + before + orjson.dumps(part.text) + after
+                    return start + orjson.dumps(part.text).join(self._content[index])
                 if type(part) is Reasoning and self._options.include_reasoning:
-                    before, after = self._reasoning[index]
-                    return start + before + orjson.dumps(part.text) + after
+                    return start + orjson.dumps(part.text).join(self._reasoning[index])
         return start + self._chunk(index, parts, event)
 
     def finished(self, event: Finished) -> bytes:
         index = event.index
         start = b"" if self._begun[index] else self._begin(index)
         choice = self._choices[index]
-        delta = self._delta(choice.finish(event))
-        more = {"finish_reason": choice.finish_reason, "stop_reason": event.stop_reason}
-        return start + sse(self._object(index, delta, more))
+        parts = choice.finish(event)
+        more = self._logprobs(choice.logprobs(parts))
+        more |= {"finish_reason": choice.finish_reason, "stop_reason": event.stop_reason}
+        return start + sse(self._object(index, self._delta(parts), more))
 
     def end(self) -> bytes:
         options = self._options
@@ -167,18 +193,27 @@ class ChatStream:
 
     def _begin(self, index: int) -> bytes:
         self._begun[index] = True
-        return sse(self._object(index, {"role": "assistant", "content": ""}, {}))
+        chunk = self._object(index, {"role": "assistant", "content": ""}, {})
+        if self._options.return_token_ids:
+            chunk["prompt_token_ids"] = self._options.prompt_ids
+        return sse(chunk)
 
     def _chunk(self, index: int, parts: list[Part], event: Tokens) -> bytes:
         options = self._options
         delta = self._delta(parts)
-        more: dict[str, Any] = {}
-        if options.num_top_logprobs is not None:
-            tokens = chat_logprobs(event.logprobs, options.num_top_logprobs, options.vocabulary)
-            more["logprobs"] = {"content": tokens, "refusal": None}
+        more = self._logprobs(self._choices[index].logprobs(parts, event.logprobs))
+        if options.return_token_ids:
+            more["token_ids"] = event.token_ids
         if options.trace:
             more["tokens"] = trace_of(event, options.vocabulary)
         return sse(self._object(index, delta, more)) if delta or more else b""
+
+    def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any]:
+        num_top = self._options.num_top_logprobs
+        if num_top is None or not tokens:
+            return {}
+        content = chat_logprobs(tokens, num_top, self._options.vocabulary)
+        return {"logprobs": {"content": content, "refusal": None}}
 
     def _delta(self, parts: list[Part]) -> dict[str, Any]:
         """The parts of one event as one delta."""
@@ -189,8 +224,8 @@ class ChatStream:
                 delta["content"] = delta.get("content", "") + part.text
             elif type(part) is Reasoning:
                 if self._options.include_reasoning:
-                    known = delta.get("reasoning_content", "")
-                    delta["reasoning_content"] = known + part.text
+                    text = delta.get(REASONING[0], "") + part.text
+                    delta |= dict.fromkeys(REASONING, text)
             elif type(part) is CallStart:
                 calls[part.call] = call_object(part) | {"index": part.call}
             elif type(part) is CallArguments:
@@ -204,14 +239,18 @@ class ChatStream:
 
     def _object(self, index: int, delta: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | more
-        return self._head | {"choices": [choice]} | self._usage
+        usage: dict[str, Any] = dict(self._usage)
+        if self._options.continuous_usage:
+            num_tokens = sum(choice.num_tokens for choice in self._choices)
+            num_reasoning = sum(choice.num_reasoning_tokens for choice in self._choices)
+            num_prompt = len(self._options.prompt_ids)
+            usage = {"usage": usage_so_far(num_prompt, num_tokens, num_reasoning)}
+        return self._head | {"choices": [choice]} | usage
 
-    def _around(self, index: int, name: str) -> tuple[bytes, bytes]:
-        """The bytes of a chunk before and after the text of ``name``."""
-        mark = '"\\u0000"'
-        chunk = sse(self._object(index, {name: "\0"}, {}))
-        before, _, after = chunk.rpartition(mark.encode())
-        return before, after
+    def _around(self, index: int, *names: str) -> list[bytes]:
+        """The bytes of a chunk before, between and after the text, which is that of ``names``."""
+        chunk = sse(self._object(index, dict.fromkeys(names, "\0"), {}))
+        return chunk.rsplit(b'"\\u0000"', len(names))
 
 
 @dataclass(slots=True)
@@ -222,6 +261,7 @@ class _Message:
     reasoning: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, parts: list[Part]) -> None:
@@ -243,20 +283,25 @@ class ChatBody:
 
     def __init__(self, options: ChatOptions) -> None:
         self._options = options
-        self._choices = [Choice(options.new_parser(), options.vocabulary) for _ in range(options.n)]
+        self._choices = [Choice(options) for _ in range(options.n)]
         self._messages = [_Message() for _ in range(options.n)]
 
     def tokens(self, event: Tokens) -> bytes:
-        message = self._messages[event.index]
-        message.add(self._choices[event.index].feed(event))
-        if self._options.num_top_logprobs is not None:
-            message.logprobs += event.logprobs
+        message, choice = self._messages[event.index], self._choices[event.index]
+        parts = choice.feed(event)
+        message.add(parts)
+        message.logprobs += choice.logprobs(parts, event.logprobs)
+        if self._options.return_token_ids:
+            message.token_ids += event.token_ids
         if self._options.trace:
             message.trace += trace_of(event, self._options.vocabulary)
         return b""
 
     def finished(self, event: Finished) -> bytes:
-        self._messages[event.index].add(self._choices[event.index].finish(event))
+        message, choice = self._messages[event.index], self._choices[event.index]
+        parts = choice.finish(event)
+        message.add(parts)
+        message.logprobs += choice.logprobs(parts)
         return b""
 
     def end(self) -> bytes:
@@ -268,6 +313,16 @@ class ChatBody:
             "model": options.model,
             "choices": [self._choice(i) for i in range(options.n)],
         }
+        if options.return_token_ids:
+            body["prompt_token_ids"] = options.prompt_ids
+        first = self._choices[0].finished
+        if options.prompt_logprobs is not None and first is not None:
+            body["prompt_logprobs"] = prompt_logprobs(
+                options.prompt_ids,
+                first.prompt_logprobs,
+                options.prompt_logprobs,
+                options.vocabulary,
+            )
         return orjson.dumps(body | tail_of(options, self._choices))
 
     def failed(self, error: dict[str, Any]) -> bytes:
@@ -283,7 +338,7 @@ class ChatBody:
             "refusal": None,
         }
         if options.include_reasoning:
-            answer["reasoning_content"] = "".join(message.reasoning) or None
+            answer |= dict.fromkeys(REASONING, "".join(message.reasoning) or None)
         if message.calls:
             answer["tool_calls"] = message.calls
         found: dict[str, Any] = {"index": index, "message": answer, "logprobs": None}
@@ -292,6 +347,8 @@ class ChatBody:
             found["logprobs"] = {"content": tokens, "refusal": None}
         found["finish_reason"] = choice.finish_reason
         found["stop_reason"] = choice.finished.stop_reason
+        if options.return_token_ids:
+            found["token_ids"] = message.token_ids
         if options.trace:
             found["tokens"] = message.trace
         return found

@@ -1,15 +1,15 @@
 """The answer of /v1/completions, streamed or whole: plain text, no parser."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
-from eaglerun.messages import Finished, TokenLogprobs, Tokens
+from eaglerun.messages import Finished, FinishReason, TokenLogprobs, Tokens
 from eaglerun.server.chat_answer import trace_of
-from eaglerun.server.logprobs import CompletionLogprobs, extend
+from eaglerun.server.logprobs import CompletionLogprobs, extend, prompt_logprobs
 from eaglerun.server.stream import DONE, sse
-from eaglerun.server.usage import speculation_metrics, usage
+from eaglerun.server.usage import speculation_metrics, usage, usage_so_far
 from eaglerun.server.vocabulary import Vocabulary
 
 
@@ -19,6 +19,7 @@ class CompletionOptions:
 
     prompts     request id -> (first choice, prompt text, prompt ids), in the order asked
     n           choices of each prompt
+    echo_only   the prompt without an answer: the one token that the engine makes is left out
     logprobs    None: none
     """
 
@@ -30,14 +31,24 @@ class CompletionOptions:
     vocabulary: Vocabulary
     num_draft_tokens: int
     echo: bool = False
+    echo_only: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     report: bool = False
     trace: bool = False
 
     @property
     def num_choices(self) -> int:
         return self.n * len(self.prompts)
+
+    def ended(self, event: Finished) -> Finished:
+        """The end of a choice as it is told."""
+        if not self.echo_only:
+            return event
+        return replace(event, reason=FinishReason.LENGTH, stop_reason=None, num_output_tokens=0)
 
     def choice_of(self, event: Tokens | Finished) -> int:
         return self.prompts[event.request_id].first_choice + event.index
@@ -77,7 +88,10 @@ class CompletionStream:
         self._options = options
         self._head = options.head()
         self._usage = {"usage": None} if options.include_usage else {}
-        self._plain = options.logprobs is None and not options.trace
+        self._plain = options.logprobs is None and not (
+            options.trace or options.return_token_ids or options.continuous_usage
+        )
+        self._num_tokens = 0
         self._around = [self._text_around(i) for i in range(options.num_choices)]
         self._logprobs = [
             CompletionLogprobs(options.logprobs or 0, options.vocabulary)
@@ -89,6 +103,9 @@ class CompletionStream:
     def tokens(self, event: Tokens) -> bytes:
         index = self._options.choice_of(event)
         start = b"" if self._begun[index] else self._begin(index, event.request_id)
+        if self._options.echo_only:
+            return start
+        self._num_tokens += len(event.token_ids)
         if self._plain:
             if not event.text:
                 return start
@@ -98,12 +115,14 @@ class CompletionStream:
         if self._options.logprobs is not None:
             pairs = [(token.token_id, token) for token in event.logprobs]
             more["logprobs"] = self._logprobs[index].add(pairs)
+        if self._options.return_token_ids:
+            more["token_ids"] = event.token_ids
         if self._options.trace:
             more["tokens"] = trace_of(event, self._options.vocabulary)
         return start + sse(self._object(index, event.text, more))
 
     def finished(self, event: Finished) -> bytes:
-        index = self._options.choice_of(event)
+        event, index = self._options.ended(event), self._options.choice_of(event)
         start = b"" if self._begun[index] else self._begin(index, event.request_id)
         self._finished[index] = event
         more = {"finish_reason": event.reason.value, "stop_reason": event.stop_reason}
@@ -123,13 +142,20 @@ class CompletionStream:
 
     def _begin(self, index: int, request_id: str) -> bytes:
         self._begun[index] = True
-        if not self._options.echo:
+        options = self._options
+        if not (options.echo or options.return_token_ids):
             return b""
-        return sse(self._object(index, self._options.prompts[request_id].text, {}))
+        prompt = options.prompts[request_id]
+        more = {"prompt_token_ids": prompt.token_ids} if options.return_token_ids else {}
+        return sse(self._object(index, prompt.text if options.echo else "", more))
 
     def _object(self, index: int, text: str, more: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None} | more
-        return self._head | {"choices": [choice]} | self._usage
+        usage: dict[str, Any] = dict(self._usage)
+        if self._options.continuous_usage:
+            num_prompt = sum(len(p.token_ids) for p in self._options.prompts.values())
+            usage = {"usage": usage_so_far(num_prompt, self._num_tokens, None)}
+        return self._head | {"choices": [choice]} | usage
 
     def _text_around(self, index: int) -> tuple[bytes, bytes]:
         """The bytes of a chunk before and after its text."""
@@ -143,6 +169,7 @@ class _Text:
 
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     trace: list[dict[str, Any]] = field(default_factory=list)
     finished: Finished | None = None
 
@@ -158,7 +185,10 @@ class CompletionBody:
 
     def tokens(self, event: Tokens) -> bytes:
         choice = self._choices[self._options.choice_of(event)]
+        if self._options.echo_only:
+            return b""
         choice.text.append(event.text)
+        choice.token_ids += event.token_ids
         if self._options.logprobs is not None:
             choice.logprobs += event.logprobs
         if self._options.trace:
@@ -166,7 +196,7 @@ class CompletionBody:
         return b""
 
     def finished(self, event: Finished) -> bytes:
-        self._choices[self._options.choice_of(event)].finished = event
+        self._choices[self._options.choice_of(event)].finished = self._options.ended(event)
         return b""
 
     def end(self) -> bytes:
@@ -196,6 +226,16 @@ class CompletionBody:
                 found["logprobs"] = shape.add(zip(prompt.token_ids, known, strict=True))
             generated = shape.add((token.token_id, token) for token in choice.logprobs)
             found["logprobs"] = extend(found["logprobs"], generated)
+        if options.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs(
+                prompt.token_ids,
+                finished.prompt_logprobs,
+                options.prompt_logprobs,
+                options.vocabulary,
+            )
+        if options.return_token_ids:
+            found["prompt_token_ids"] = prompt.token_ids
+            found["token_ids"] = choice.token_ids
         if options.trace:
             found["tokens"] = choice.trace
         return found

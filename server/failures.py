@@ -84,16 +84,16 @@ def error_response(error: ApiError, id_: str) -> Response:
 KnownError = ApiError | RequestError | CapacityError | EngineError
 
 
-def as_api_error(error: KnownError, prompt_field: str) -> ApiError:
+def as_api_error(error: KnownError, names: Mapping[str, str]) -> ApiError:
     """An error of the engine's door as the client sees it.
 
-    ``prompt_field`` is what this route calls the prompt.
+    ``names`` are the route's names of fields that the engine calls otherwise.
     """
     match error:
         case ApiError():
             return error
         case RequestError():
-            names = {"prompt": prompt_field, "num_draft_tokens": "speculation.num_draft_tokens"}
+            names = {"num_draft_tokens": "speculation.num_draft_tokens", **names}
             return refuse(names.get(error.field, error.field), error.message)
         case CapacityError():
             return overloaded(str(error))
@@ -112,7 +112,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_engine(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError | CapacityError | EngineError)
-        return error_response(as_api_error(error, "prompt"), request_id(request.scope))
+        return error_response(as_api_error(error, {}), request_id(request.scope))
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

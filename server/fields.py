@@ -4,8 +4,11 @@ Ranges of sampling parameters are those of eaglerun.messages.SamplingParams, whi
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, get_args
 
+import orjson
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,6 +25,7 @@ from eaglerun.server.failures import nearest
 _INT32 = 2**31 - 1
 # Entries of logit_bias looked at; the engine takes fewer.
 MAX_BIASES = 1024
+MAX_BIAS = 100
 
 Int = Annotated[int, Field(strict=True, ge=-_INT32, le=_INT32)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]
@@ -55,8 +59,27 @@ def _absent(value: object) -> None:
 Absent = Annotated[None, BeforeValidator(_absent)]
 
 
+def neutral(*allowed: object) -> BeforeValidator:
+    """Refuses all but null and the values of a field that ask for nothing."""
+
+    def check(value: object) -> object:
+        # 1 == True in Python; in JSON they differ.
+        if value is not None and not any(
+            value == one and type(value) is type(one) for one in allowed
+        ):
+            shown = " or ".join(orjson.dumps(one).decode() for one in allowed)
+            raise unsupported(f"is not supported by this server: only {shown} is accepted")
+        return value
+
+    return BeforeValidator(check)
+
+
+# What clients say for a cache that others have: nothing here changes by it.
+_IGNORED = "cache_control"
+
+
 class Strict(BaseModel):
-    """A JSON object without unknown members."""
+    """A JSON object without unknown members. A member that is null is absent."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -65,7 +88,13 @@ class Strict(BaseModel):
     def _refuse_unknown(cls, values: object) -> object:
         # One error for all unknown members, where pydantic would make one for each.
         if isinstance(values, Mapping):
-            unknown = [name for name in values if name not in cls.model_fields]
+            fields, nullable = cls.model_fields, _nullable(cls)
+            values = {
+                name: value
+                for name, value in values.items()
+                if (value is not None or name in nullable) and (name != _IGNORED or name in fields)
+            }
+            unknown = [name for name in values if name not in fields]
             if unknown:
                 name = str(unknown[0])[:64]
                 raise PydanticCustomError(
@@ -74,6 +103,17 @@ class Strict(BaseModel):
                     {"field": name, "hint": nearest(name, cls.model_fields)},
                 )
         return values
+
+
+@cache
+def _nullable(model: type[BaseModel]) -> frozenset[str]:
+    """The fields to which null may be given: required ones, which say what is wrong with it, and
+    those whose type has it, for there it may mean something else than nothing."""
+    return frozenset(
+        name
+        for name, field in model.model_fields.items()
+        if field.is_required() or NoneType in (field.annotation, *get_args(field.annotation))
+    )
 
 
 def _stop_list(value: object) -> object:
@@ -101,10 +141,15 @@ def _bias(value: object) -> object:
         return value
     if len(value) > MAX_BIASES:
         raise unsupported(f"{len(value)} given, allowed {MAX_BIASES}")
-    ids = [int(key) if str(key).isdecimal() and len(str(key)) < 10 else None for key in value]
-    if None in ids:
-        raise unsupported("keys should be token ids")
-    return dict(zip(ids, value.values(), strict=True))
+    for key, bias in value.items():
+        shown = f'of "{str(key)[:64]}"'
+        if not (str(key).isascii() and str(key).isdecimal() and len(str(key)) < 10):
+            raise unsupported(f"the key {shown[3:]} is no token id")
+        if type(bias) not in (int, float):
+            raise unsupported(f"the bias {shown} is no number")
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise unsupported(f"the bias {shown} is not in [-{MAX_BIAS}, {MAX_BIAS}]")
+    return {int(key): float(bias) for key, bias in value.items()}
 
 
 LogitBias = Annotated[
@@ -175,7 +220,8 @@ def _parts(value: object) -> object:
                 raise unsupported(f"parts of type {kind} are not supported, only text")
             raise unsupported("should be text, or a list of parts of type text")
         text = part.get("text")
-        extra = [name for name in part if name not in ("type", "text", "annotations", "logprobs")]
+        known = ("type", "text", "annotations", "logprobs", _IGNORED)
+        extra = [name for name in part if name not in known and part[name] is not None]
         if not isinstance(text, str) or extra:
             raise unsupported("a part of type text has a text and nothing else")
         texts.append(text)
@@ -219,13 +265,22 @@ NotStrict = Annotated[
 ]
 
 
+# The degrees of thinking that clients ask for, as the modes that MiniMax-M3 has.
+EFFORTS = {
+    "none": "disabled",
+    "minimal": "adaptive",
+    "low": "adaptive",
+    "medium": "adaptive",
+    "high": "enabled",
+    "xhigh": "enabled",
+    "max": "enabled",
+}
+
+
 def _effort(value: object) -> object:
-    if isinstance(value, str) and value != "none":
-        raise unsupported(
-            "none turns thinking off; MiniMax-M3 has no degrees of it, only the modes of "
-            "chat_template_kwargs.thinking_mode"
-        )
+    if not isinstance(value, str) or value not in EFFORTS:
+        raise unsupported(f"should be one of {', '.join(EFFORTS)}")
     return value
 
 
-NoEffort = Annotated[Literal["none"], BeforeValidator(_effort), WithJsonSchema({"const": "none"})]
+Effort = Annotated[str, BeforeValidator(_effort), WithJsonSchema({"enum": list(EFFORTS)})]

@@ -2,12 +2,14 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from eaglerun.errors import RequestError
 from eaglerun.messages import Request, SamplingParams
-from eaglerun.server.chat import Chat, Forced, Prompt, template_values
+from eaglerun.server.chat import Chat, Prompt, template_values
 from eaglerun.server.chat_answer import ChatBody, ChatOptions, ChatStream
 from eaglerun.server.client import EngineClient
 from eaglerun.server.completion_answer import (
@@ -17,6 +19,7 @@ from eaglerun.server.completion_answer import (
     EchoedPrompt,
 )
 from eaglerun.server.failures import RETRY_AFTER, ApiError, new_id, refuse
+from eaglerun.server.forced import with_chosen_tool
 from eaglerun.server.parsers.output import OutputParser
 from eaglerun.server.parsers.schema import JsonSchema
 from eaglerun.server.protocol import (
@@ -53,11 +56,15 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The tools of a request. ``schemas`` None: its output is not searched for calls."""
+    """The tools of a request. ``schemas`` None: its output is not searched for calls.
+
+    forced    names of the tools of which one must be called;  is_named: the request named it
+    """
 
     for_template: list[dict[str, Any]] | None = None
     schemas: dict[str, JsonSchema] | None = None
-    forced: Forced | None = None
+    forced: tuple[str, ...] = ()
+    is_named: bool = False
 
 
 async def chat_completion(backend: Backend, body: ChatCompletionRequest) -> Answer:
@@ -75,34 +82,53 @@ async def chat_completion(backend: Backend, body: ChatCompletionRequest) -> Answ
     if body.top_logprobs and not body.logprobs:
         raise refuse("top_logprobs", "needs logprobs to be true")
     num_top = (body.top_logprobs or 0) if body.logprobs else None
+    names = {"prompt": "messages", "logprobs": "top_logprobs"}
     max_tokens = body.max_completion_tokens
     if max_tokens is None:
         max_tokens = body.max_tokens
     elif body.max_tokens not in (None, max_tokens):
         raise refuse("max_tokens", "differs from max_completion_tokens")
-    sampling = body.params(backend.settings, n=_n(body.n), max_tokens=max_tokens, logprobs=num_top)
+    else:
+        names["max_tokens"] = "max_completion_tokens"
+    _check_continuation(body, tools)
+    _check_prompt_logprobs(body)
+    with _named(names):
+        sampling = body.params(
+            backend.settings,
+            n=_n(body.n),
+            max_tokens=max_tokens,
+            logprobs=num_top,
+            prompt_logprobs=body.prompt_logprobs,
+        )
     prompt = await backend.chat.prompt(
         body.messages,
         tools.for_template,
         forced=tools.forced,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
         template_kwargs=template_values(
-            body.chat_template_kwargs, backend.settings, body.reasoning_effort
+            body.chat_template_kwargs,
+            backend.settings,
+            thinking=body.thinking.type if body.thinking else None,
+            effort=body.reasoning_effort,
         ),
     )
+    id_ = f"chatcmpl-{new_id()}"
+    prompt, request = await _request(backend, body, id_, prompt, sampling, names)
     options = _chat_options(
         backend,
         body,
-        f"chatcmpl-{new_id()}",
+        request,
         prompt,
         tools,
-        sampling,
         num_top_logprobs=num_top,
         include_usage=_include_usage(body),
+        continuous_usage=_continuous_usage(body),
         trace=body.speculation.tokens,
+        return_token_ids=bool(body.return_token_ids),
     )
-    request = _request(backend, body, options.id, prompt.token_ids, sampling, "messages")
     writer = ChatStream(options) if body.stream else ChatBody(options)
-    return Answer(backend.client, [request], writer, "messages")
+    return Answer(backend.client, [request], writer, names)
 
 
 async def response(backend: Backend, body: ResponsesRequest) -> Answer:
@@ -120,18 +146,30 @@ async def response(backend: Backend, body: ResponsesRequest) -> Answer:
         None if choice is None or isinstance(choice, str) else choice.name,
         backend.settings.limits.max_tools,
     )
-    sampling = body.params(backend.settings, n=1, max_tokens=body.max_output_tokens, logprobs=None)
+    names = {"prompt": "input", "max_tokens": "max_output_tokens"}
+    with _named(names):
+        sampling = body.params(
+            backend.settings, n=1, max_tokens=body.max_output_tokens, logprobs=None
+        )
     prompt = await backend.chat.prompt(
         body.messages(),
         tools.for_template,
         forced=tools.forced,
-        template_kwargs=template_values(body.chat_template_kwargs, backend.settings, body.effort),
+        template_kwargs=template_values(
+            body.chat_template_kwargs,
+            backend.settings,
+            thinking=body.thinking.type if body.thinking else None,
+            effort=body.effort,
+            effort_field="reasoning.effort",
+        ),
+        field="input",
     )
-    options = _chat_options(backend, body, f"resp_{new_id()}", prompt, tools, sampling)
-    request = _request(backend, body, options.id, prompt.token_ids, sampling, "input")
+    id_ = f"resp_{new_id()}"
+    prompt, request = await _request(backend, body, id_, prompt, sampling, names)
+    options = _chat_options(backend, body, request, prompt, tools)
     echo = _response_echo(body, sampling)
     writer = ResponsesStream(options, echo) if body.stream else ResponsesBody(options, echo)
-    return Answer(backend.client, [request], writer, "input")
+    return Answer(backend.client, [request], writer, names)
 
 
 async def completion(backend: Backend, body: CompletionRequest) -> Answer:
@@ -142,12 +180,29 @@ async def completion(backend: Backend, body: CompletionRequest) -> Answer:
         raise refuse("prompt", f"{len(body.prompts)} prompts, allowed {allowed}")
     if body.stream and body.echo and body.logprobs is not None:
         raise refuse("echo", "with logprobs cannot be streamed")
+    if body.best_of not in (None, _n(body.n)):
+        raise refuse("best_of", f"{body.best_of} is not supported: only as many as n are made")
+    if body.max_tokens == 0 and not body.echo:
+        raise refuse("max_tokens", "0 needs echo to be true, for there would be no answer")
+    _check_prompt_logprobs(body)
     sampling = body.params(
-        backend.settings, n=_n(body.n), max_tokens=body.max_tokens, logprobs=body.logprobs
+        backend.settings,
+        n=_n(body.n),
+        # The engine makes one token at least; the echo alone leaves it out.
+        max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
     )
     if body.echo and body.logprobs is not None:
-        sampling = replace(sampling, prompt_logprobs=sampling.logprobs)
-    prompts = await _tokenised(backend, body)
+        most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
+        sampling = replace(sampling, prompt_logprobs=most)
+    names: dict[str, str] = {}
+    prompts = [
+        (text, _truncated(backend, body, ids, sampling))
+        for text, ids in await _tokenised(backend, body)
+    ]
+    if body.truncate_prompt_tokens is not None and body.echo:
+        prompts = [(await backend.chat.decode(ids, True), ids) for _, ids in prompts]
     id_ = f"cmpl-{new_id()}"
     options = CompletionOptions(
         id=id_,
@@ -161,17 +216,21 @@ async def completion(backend: Backend, body: CompletionRequest) -> Answer:
         vocabulary=backend.chat.vocabulary,
         num_draft_tokens=_num_draft_tokens(backend, sampling),
         echo=bool(body.echo),
+        echo_only=body.max_tokens == 0,
         logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        return_token_ids=bool(body.return_token_ids),
         include_usage=_include_usage(body),
+        continuous_usage=_continuous_usage(body),
         report=body.speculation.report,
         trace=body.speculation.tokens,
     )
     requests = [
-        _request(backend, body, request_id, prompt.token_ids, sampling, "prompt")
+        _checked(backend, body, request_id, prompt.token_ids, sampling, names)
         for request_id, prompt in options.prompts.items()
     ]
     writer = CompletionStream(options) if body.stream else CompletionBody(options)
-    return Answer(backend.client, requests, writer, "prompt")
+    return Answer(backend.client, requests, writer, names)
 
 
 def _check(backend: Backend, body: Generation) -> None:
@@ -185,20 +244,84 @@ def _check(backend: Backend, body: Generation) -> None:
         raise refuse("speculation.num_draft_tokens", f"{wish} given, this server drafts {most}")
 
 
-def _request(
+def _check_continuation(body: ChatCompletionRequest, tools: ToolUse) -> None:
+    """Which turn the answer belongs to."""
+    if body.continue_final_message and body.add_generation_prompt:
+        if "add_generation_prompt" in body.model_fields_set:
+            raise refuse("add_generation_prompt", "contradicts continue_final_message")
+    begins_turn = body.add_generation_prompt and not body.continue_final_message
+    if tools.forced and not begins_turn:
+        raise refuse("tool_choice", "a call can be forced at the beginning of a turn only")
+
+
+def _check_prompt_logprobs(body: ChatCompletionRequest | CompletionRequest) -> None:
+    if body.stream and body.prompt_logprobs is not None:
+        raise refuse("prompt_logprobs", "cannot be streamed")
+
+
+@contextmanager
+def _named(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of sampling parameters, by the route's names of the fields."""
+    try:
+        yield
+    except RequestError as error:
+        # Only this one is named in messages about other fields.
+        message = error.message.replace("max_tokens", names.get("max_tokens", "max_tokens"))
+        raise RequestError(names.get(error.field, error.field), message) from error
+
+
+def _truncated(
+    backend: Backend, body: Generation, token_ids: tuple[int, ...], sampling: SamplingParams
+) -> tuple[int, ...]:
+    """The prompt, without what truncate_prompt_tokens cuts off its beginning."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return token_ids
+    if most == 0 or most < -1:
+        raise refuse("truncate_prompt_tokens", f"{most} given, allowed are -1 and from 1 on")
+    if most == -1:
+        most = max(1, backend.client.status().max_model_len - (sampling.max_tokens or 1))
+    return token_ids[-most:]
+
+
+async def _request(
+    backend: Backend,
+    body: Generation,
+    id_: str,
+    prompt: Prompt,
+    sampling: SamplingParams,
+    names: Mapping[str, str],
+) -> tuple[Prompt, Request]:
+    """The engine's request, and the prompt with the tool that it calls, if it is forced to."""
+    longest = max((len(ids) for _, ids in prompt.tails), default=0)
+    token_ids = _truncated(backend, body, prompt.token_ids, sampling)
+    prompt = replace(prompt, token_ids=token_ids)
+    request = _checked(backend, body, id_, token_ids, sampling, names, longest)
+    if prompt.tails:
+        with _named(names):
+            prompt = await with_chosen_tool(backend.client, prompt, request)
+        request = replace(request, prompt_ids=prompt.token_ids)
+    return prompt, request
+
+
+def _checked(
     backend: Backend,
     body: Generation,
     id_: str,
     token_ids: tuple[int, ...],
     sampling: SamplingParams,
-    prompt_field: str,
+    names: Mapping[str, str],
+    more: int = 0,
 ) -> Request:
-    """The engine's request. A prompt and answer that cannot fit are refused here."""
+    """The engine's request. A prompt and answer that cannot fit are refused here.
+
+    ``more`` tokens may come to the prompt.
+    """
     limit = backend.client.status().max_model_len
-    wanted = len(token_ids) + (sampling.max_tokens or 1)
+    wanted = len(token_ids) + more + (sampling.max_tokens or 1)
     if wanted > limit:
         raise refuse(
-            prompt_field,
+            names.get("prompt", "prompt"),
             f"{len(token_ids)} tokens and an answer of up to {sampling.max_tokens or 1} exceed "
             f"the model's length of {limit}",
             "context_length_exceeded",
@@ -231,24 +354,31 @@ def _tool_use(
         raise refuse("tool_choice", "names no function of tools")
     if choice == "none":
         return ToolUse()
+    forced = (named,) if named is not None else tuple(names) if choice == "required" else ()
     return ToolUse(
         for_template=[{"type": "function", "function": function} for function in functions],
-        schemas={function["name"]: function.get("parameters", {}) for function in functions},
-        forced=Forced(named) if named is not None or choice == "required" else None,
+        schemas={
+            function["name"]: function.get("parameters", {})
+            for function in functions
+            if named is None or function["name"] == named
+        },
+        forced=forced,
+        is_named=named is not None,
     )
 
 
 def _chat_options(
     backend: Backend,
     body: ChatFields,
-    id_: str,
+    request: Request,
     prompt: Prompt,
     tools: ToolUse,
-    sampling: SamplingParams,
     *,
     num_top_logprobs: int | None = None,
     include_usage: bool = False,
+    continuous_usage: bool = False,
     trace: bool = False,
+    return_token_ids: bool = False,
 ) -> ChatOptions:
     max_calls = 1 if body.parallel_tool_calls is False else None
 
@@ -261,15 +391,21 @@ def _chat_options(
         )
 
     return ChatOptions(
-        id=id_,
+        id=request.request_id,
         created=int(time.time()),
         model=backend.model,
-        n=sampling.n,
+        n=request.sampling.n,
         new_parser=new_parser,
         vocabulary=backend.chat.vocabulary,
-        num_draft_tokens=_num_draft_tokens(backend, sampling),
+        prompt_ids=request.prompt_ids,
+        num_draft_tokens=_num_draft_tokens(backend, request.sampling),
+        is_named_call=tools.is_named,
         num_top_logprobs=num_top_logprobs,
+        skip_special_tokens=request.sampling.skip_special_tokens,
+        prompt_logprobs=request.sampling.prompt_logprobs,
+        return_token_ids=return_token_ids,
         include_usage=include_usage,
+        continuous_usage=continuous_usage,
         include_reasoning=body.include_reasoning,
         report=body.speculation.report,
         trace=trace,
@@ -301,11 +437,16 @@ async def _tokenised(
 
 
 def _include_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:
-    if body.stream_options is None:
-        return False
-    if not body.stream:
+    wanted = body.stream_options is not None and bool(body.stream_options.include_usage)
+    if wanted and not body.stream:
         raise refuse("stream_options", "needs stream to be true")
-    return bool(body.stream_options.include_usage)
+    return wanted
+
+
+def _continuous_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:
+    """Whether every chunk says what was used so far; that goes with the usage at the end."""
+    options = body.stream_options
+    return _include_usage(body) and bool(options and options.continuous_usage_stats)
 
 
 def _n(n: int | None) -> int:

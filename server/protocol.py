@@ -1,6 +1,7 @@
 """What clients may send to the chat, completion and token routes.
 
-A field that this server does not honour is refused by name.
+A field that would change the answer and is not honoured is refused by name. One that changes
+nothing by its meaning is accepted, and so is any that is null or has its default.
 """
 
 from collections.abc import Mapping
@@ -16,10 +17,10 @@ from eaglerun.server.fields import (
     AtLeastOne,
     Bool,
     Count,
+    Effort,
     Factor,
     Int,
     LogitBias,
-    NoEffort,
     NotStrict,
     NumLogprobs,
     Penalty,
@@ -33,6 +34,7 @@ from eaglerun.server.fields import (
     TextContent,
     TokenIds,
     ToolName,
+    neutral,
     unsupported,
 )
 from eaglerun.server.settings import Settings
@@ -58,12 +60,28 @@ class Speculation(Strict):
 
 
 class StreamOptions(Strict):
+    """``continuous_usage_stats``: usage so far in every chunk, where usage is asked for.
+
+    ``include_obfuscation`` would pad the chunks, which are of no secret length here.
+    """
+
     include_usage: Bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Bool | None = None
+    include_obfuscation: Bool | None = None
+
+
+# Fields that may only be as they are when they are left out.
+OnlyFalse = Annotated[bool | None, neutral(False)]
+OnlyTrue = Annotated[bool | None, neutral(True)]
+OnlyOne = Annotated[float | None, neutral(1, 1.0)]
+OnlyEmpty = Annotated[list[Any] | None, neutral([])]
 
 
 class Generation(Strict):
-    """What all routes that generate have in common."""
+    """What all routes that generate have in common.
+
+    ``truncate_prompt_tokens``: only so many of the prompt's last tokens; -1: as many as fit.
+    """
 
     model: str | None = None
     stream: Bool | None = None
@@ -85,10 +103,32 @@ class Generation(Strict):
     priority: Int = 0
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     speculation: Speculation = Speculation()
+    truncate_prompt_tokens: Annotated[Int, Field(json_schema_extra={"minimum": -1})] | None = None
+    # No effect by their meaning: who asks, and what others keep or charge.
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    # Not honoured: their defaults only.
+    allowed_token_ids: Absent = None
+    bad_words: OnlyEmpty = None
+    use_beam_search: OnlyFalse = None
+    length_penalty: OnlyOne = None
+    detokenize: OnlyTrue = None
+    spaces_between_special_tokens: OnlyTrue = None
+    return_tokens_as_token_ids: OnlyFalse = None
 
     def params(
-        self, settings: Settings, *, n: int, max_tokens: int | None, logprobs: int | None
+        self,
+        settings: Settings,
+        *,
+        n: int,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         """Sampling parameters, with the checkpoint's own where the request has none.
 
@@ -122,6 +162,7 @@ class Generation(Strict):
             skip_special_tokens=self.skip_special_tokens,
             n=n,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             num_draft_tokens=self.speculation.num_draft_tokens,
         )
 
@@ -130,14 +171,17 @@ class CompletionRequest(Generation):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: AtLeastOne | None = 16
+    # 0 asks for the echo alone.
+    max_tokens: Count | None = 16
     n: AtLeastOne | None = None
+    best_of: AtLeastOne | None = None
     echo: Bool | None = None
     logprobs: NumLogprobs | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    return_token_ids: Bool | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: Bool = True
-    best_of: Absent = None
-    suffix: Absent = None
+    suffix: Annotated[str | None, neutral("")] = None
 
     @property
     def prompts(self) -> tuple[str | tuple[int, ...], ...]:
@@ -151,7 +195,8 @@ class CalledFunction(Strict):
 
 
 class ToolCall(Strict):
-    """A call in an earlier answer; ``arguments`` is a JSON object as text."""
+    """A call in an earlier answer; ``arguments`` should be a JSON object as text, and may not be:
+    a call that was cut off comes back in every later turn."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -180,13 +225,17 @@ class UserMessage(Strict):
 
 
 class AssistantMessage(Strict):
-    """An earlier answer, also as this API gave it."""
+    """An earlier answer, also as this API gave it, and one that was interrupted before a word.
+
+    ``reasoning`` is another name of ``reasoning_content``; an answer has both.
+    """
 
     role: Literal["assistant"]
     content: TextContent | None = None
     name: str | None = None
     type: MessageType = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     refusal: Absent = None
     audio: Absent = None
@@ -194,10 +243,12 @@ class AssistantMessage(Strict):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> "AssistantMessage":
-        if self.content is None and self.reasoning_content is None and not self.tool_calls:
-            message = {"field": "content", "message": "is required where there are no tool_calls"}
-            raise PydanticCustomError("unsupported", "{message}", message)
+    def _one_reasoning(self) -> "AssistantMessage":
+        if self.reasoning is not None:
+            if self.reasoning_content not in (None, self.reasoning):
+                message = {"field": "reasoning", "message": "differs from reasoning_content"}
+                raise PydanticCustomError("unsupported", "{message}", message)
+            self.reasoning_content = self.reasoning
         return self
 
 
@@ -275,10 +326,19 @@ TemplateKwargs = Annotated[
     WithJsonSchema(
         {
             "type": "object",
-            "properties": {"thinking_mode": {"enum": ["enabled", "disabled", "adaptive"]}},
+            "properties": {
+                "thinking_mode": {"enum": ["enabled", "disabled", "adaptive"]},
+                "enable_thinking": {"type": "boolean"},
+            },
         }
     ),
 ]
+
+
+class Thinking(Strict):
+    """MiniMax's own way to say what chat_template_kwargs.thinking_mode says."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
 
 
 class ChatFields(Generation):
@@ -286,11 +346,8 @@ class ChatFields(Generation):
 
     parallel_tool_calls: Bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    thinking: Thinking | None = None
     include_reasoning: Bool = True
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: Absent = None
-    prompt_cache_key: Absent = None
 
 
 class ChatCompletionRequest(ChatFields):
@@ -306,14 +363,19 @@ class ChatCompletionRequest(ChatFields):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: NoEffort | None = None
+    reasoning_effort: Effort | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    return_token_ids: Bool | None = None
+    add_generation_prompt: Bool = True
+    continue_final_message: Bool = False
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
-    metadata: Absent = None
-    prediction: Absent = None
+    verbosity: Annotated[str | None, neutral("medium")] = None
+    # A guess at the answer, which makes it faster elsewhere.
+    prediction: dict[str, Any] | None = None
+    echo: OnlyFalse = None
     audio: Absent = None
     functions: Absent = None
     function_call: Absent = None
-    verbosity: Absent = None
     web_search_options: Absent = None
 
 
@@ -326,6 +388,7 @@ class TokenizeRequest(Strict):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     add_generation_prompt: Bool = True
+    continue_final_message: Bool = False
     add_special_tokens: Bool | None = None
     return_token_strs: Bool = False
 

@@ -155,7 +155,7 @@ class _Response:
     def __init__(self, options: ChatOptions, echo: Mapping[str, Any]) -> None:
         self._options = options
         self._echo = echo
-        self._choice = Choice(options.new_parser(), options.vocabulary)
+        self._choice = Choice(options)
         self._output = OutputItems()
 
     def _add(self, parts: list[Part]) -> list[Event]:

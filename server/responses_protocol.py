@@ -3,16 +3,19 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
-from eaglerun.server.failures import refuse
 from eaglerun.server.fields import (
     Absent,
     AtLeastOne,
-    NoEffort,
+    Bool,
+    Effort,
+    Int,
     NotStrict,
     Strict,
     TextContent,
     ToolName,
+    neutral,
     unsupported,
 )
 from eaglerun.server.protocol import (
@@ -27,11 +30,17 @@ from eaglerun.server.protocol import (
     UserMessage,
 )
 
+UNRESOLVED = (
+    '"{id}" cannot be resolved: this server stores no items, so send the item itself in its place'
+)
+
 
 class InputItem(Strict):
     """One item of the input: a message, an earlier call, its output, or earlier reasoning."""
 
-    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    type: Literal[
+        "message", "function_call", "function_call_output", "reasoning", "item_reference"
+    ] = "message"
     role: Literal["root", "system", "developer", "user", "assistant"] | None = None
     content: TextContent | None = None
     call_id: str | None = None
@@ -46,8 +55,14 @@ class InputItem(Strict):
 
     @model_validator(mode="after")
     def _check_type(self) -> "InputItem":
+        # The type of a reference may be left out.
+        is_reference = self.id is not None and self.role is None and self.content is None
+        if self.type == "item_reference" or (self.type == "message" and is_reference):
+            message = {"field": "id", "message": UNRESOLVED.format(id=str(self.id)[:64])}
+            raise PydanticCustomError("unsupported", "{message}", message)
+        content = "" if self.role == "assistant" else self.content
         needed: dict[str, dict[str, object]] = {
-            "message": {"role": self.role, "content": self.content},
+            "message": {"role": self.role, "content": content},
             "function_call": {
                 "call_id": self.call_id,
                 "name": self.name,
@@ -77,17 +92,21 @@ class NamedFunctionTool(Strict):
 
 class TextOptions(Strict):
     format: ResponseFormat | None = None
-    verbosity: Absent = None
+    verbosity: Annotated[str | None, neutral("medium")] = None
+
+
+# "auto": as good a summary as there is; here there is none, for the reasoning itself is shown.
+Summary = Annotated[str | None, neutral("auto")]
 
 
 class ReasoningOptions(Strict):
-    effort: NoEffort | None = None
-    summary: Absent = None
-    generate_summary: Absent = None
+    effort: Effort | None = None
+    summary: Summary = None
+    generate_summary: Summary = None
 
 
 class ResponseStreamOptions(Strict):
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Bool | None = None
 
 
 def _items(value: object) -> object:
@@ -119,16 +138,17 @@ class ResponsesRequest(ChatFields):
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    metadata: dict[str, str] | None = None
     stream_options: ResponseStreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    include: Annotated[list[str], Field(max_length=0)] | None = None
+    # The reasoning comes as it is, and may be sent back so.
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
     background: Literal[False] | None = None
+    # Of tools that run on the server: there are none.
+    max_tool_calls: Int | None = None
+    top_logprobs: Annotated[int | None, neutral(0)] = None
     previous_response_id: Absent = None
     conversation: Absent = None
     prompt: Absent = None
-    max_tool_calls: Absent = None
-    top_logprobs: Absent = None
 
     @property
     def effort(self) -> str | None:
@@ -140,19 +160,24 @@ class ResponsesRequest(ChatFields):
         if self.instructions is not None:
             turns.append(InstructionMessage(role="developer", content=self.instructions))
         reasoning: str | None = None
-        for i, item in enumerate(self.input):
+        for item in self.input:
             if item.type == "reasoning":
                 reasoning = (reasoning or "") + (item.content or item.summary or "")
             elif item.type == "function_call" or item.role == "assistant":
                 _add_to_assistant(turns, item, reasoning)
                 reasoning = None
-            elif reasoning is not None:
-                raise refuse(f"input[{i}]", "after reasoning comes an item of the assistant")
             else:
+                _add_interrupted(turns, reasoning)
+                reasoning = None
                 turns.append(_other_turn(item))
-        if reasoning is not None:
-            raise refuse("input", "ends with reasoning")
+        _add_interrupted(turns, reasoning)
         return turns
+
+
+def _add_interrupted(turns: list[Message], reasoning: str | None) -> None:
+    """A turn that broke off in its reasoning."""
+    if reasoning is not None:
+        turns.append(AssistantMessage(role="assistant", content="", reasoning_content=reasoning))
 
 
 def _other_turn(item: InputItem) -> Message:

@@ -6,7 +6,7 @@ module runs the requests, watches the client, and ends both sides in every case.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -67,18 +67,22 @@ class Answer(Response):
     """Runs ``requests``, all of one HTTP request, and answers with what ``writer`` makes of them.
 
     The status line leaves with the first bytes of the answer, so that a request that fails before
-    them has a status of its own. A client that goes away aborts the requests. ``prompt_field`` is
-    what the route calls the prompt.
+    them has a status of its own. A client that goes away aborts the requests. ``names`` are the
+    route's names of fields that the engine calls otherwise.
     """
 
     def __init__(
-        self, client: EngineClient, requests: Sequence[Request], writer: Writer, prompt_field: str
+        self,
+        client: EngineClient,
+        requests: Sequence[Request],
+        writer: Writer,
+        names: Mapping[str, str],
     ) -> None:
         super().__init__()
         self._client = client
         self._requests = requests
         self._writer = writer
-        self._prompt_field = prompt_field
+        self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = _Reply(send, scope.get(BODY_SEND, send), self._writer.streams)
@@ -88,7 +92,7 @@ class Answer(Response):
                 # of all that awaits this call, the routes and the middleware.
                 await asyncio.create_task(self._run(reply, watch))
             except (ApiError, RequestError, CapacityError, EngineError) as error:
-                known = as_api_error(error, self._prompt_field)
+                known = as_api_error(error, self._names)
                 if not reply.started:
                     raise known from error
                 id_ = request_id(scope)

@@ -26,6 +26,18 @@ def usage(finished: Iterable[Finished], num_reasoning_tokens: int) -> dict[str, 
     }
 
 
+def usage_so_far(num_prompt: int, num_output: int, num_reasoning: int | None) -> dict[str, Any]:
+    """The usage of an answer that goes on; what came from a cache is known at its end."""
+    found: dict[str, Any] = {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+    }
+    if num_reasoning is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
+    return found
+
+
 def speculation_metrics(
     per_choice: Sequence[SpeculationStats], num_draft_tokens: int
 ) -> dict[str, Any]:

@@ -11,6 +11,7 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self.size = tokenizer.get_vocab_size(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._pieces = {id_: token.content.encode() for id_, token in added.items()}
         # A byte-level token is spelled in an alphabet of 256 characters, one for each byte.
         byte_level = "ByteLevel" in repr(tokenizer.decoder)

@@ -72,6 +72,7 @@ def joined(events: list[Any]) -> list[dict[str, Any]]:
             choice = choices[index]
             assert "finish_reason" not in choice
             message = choice["message"]
+            assert delta.get("reasoning") == delta.get("reasoning_content")
             for name in ("content", "reasoning_content"):
                 if name in delta:
                     assert delta[name]
@@ -126,6 +127,7 @@ def test_a_plain_answer():
             "content": "Hello!",
             "refusal": None,
             "reasoning_content": None,
+            "reasoning": None,
         },
         "logprobs": None,
         "finish_reason": "stop",
@@ -212,21 +214,16 @@ def test_tools_are_in_the_prompt_and_not_when_none_is_chosen():
 
 
 @pytest.mark.parametrize(
-    ("choice", "forced", "said"),
+    ("choice", "finish_reason"),
     [
-        ("required", f'{NS}<tool_call>\n{NS}<invoke name="', "get_weather"),
-        (
-            {"type": "function", "function": {"name": "get_weather"}},
-            f'{NS}<tool_call>\n{NS}<invoke name="get_weather">',
-            "",
-        ),
+        ("required", "tool_calls"),
+        ({"type": "function", "function": {"name": "get_weather"}}, "stop"),
     ],
 )
 @pytest.mark.parametrize("mode", ["enabled", "disabled", "adaptive"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_forced_call_begins_in_the_prompt(choice, forced, said, mode, streamed):
-    rest = ('">' if said else "") + f"{NS}<city>Rome{NS}</city>{NS}</invoke>{NS}</tool_call>"
-    engine = says(said + rest)
+def test_a_forced_call_begins_in_the_prompt(choice, finish_reason, mode, streamed):
+    engine = says(f"{NS}<city>Rome{NS}</city>{NS}</invoke>{NS}</tool_call>")
     fields = {
         "tools": [WEATHER],
         "tool_choice": choice,
@@ -237,13 +234,13 @@ def test_a_forced_call_begins_in_the_prompt(choice, forced, said, mode, streamed
     else:
         [found] = whole(ask(engine, **fields))
     prompt = TOKENIZER.decode(engine.requests[0].prompt_ids, skip_special_tokens=False)
-    assert prompt.endswith(f"</mm:think>{forced}")
+    assert prompt.endswith(f'</mm:think>{NS}<tool_call>\n{NS}<invoke name="get_weather">')
     assert found["message"] == {
         "content": "",
         "reasoning_content": "",
         "tool_calls": [{"name": "get_weather", "arguments": '{"city":"Rome"}'}],
     }
-    assert found["finish_reason"] == "tool_calls"
+    assert found["finish_reason"] == finish_reason
 
 
 def test_one_call_where_parallel_ones_are_unwanted():
@@ -332,10 +329,10 @@ def test_several_answers():
 def test_logprobs():
     [choice] = ask(says("né"), logprobs=True, top_logprobs=2)["choices"]
     tokens = choice["logprobs"]["content"]
-    assert [token["token"] for token in tokens] == ["n", "\ufffd", "\ufffd", "[e~["]
+    assert [token["token"] for token in tokens] == ["n", "\ufffd", "\ufffd"]
     assert tokens[1]["bytes"] == [0xC3] and tokens[2]["bytes"] == [0xA9]
-    assert [token["logprob"] for token in tokens] == [-0.5] * 4
-    assert [len(token["top_logprobs"]) for token in tokens] == [2] * 4
+    assert [token["logprob"] for token in tokens] == [-0.5] * 3
+    assert [len(token["top_logprobs"]) for token in tokens] == [2] * 3
     assert tokens[0]["top_logprobs"][0] == {"token": "n", "logprob": -0.5, "bytes": [110]}
     [choice] = ask(says("n"), logprobs=True)["choices"]
     assert choice["logprobs"]["content"][0]["top_logprobs"] == []
@@ -425,7 +422,7 @@ FRAGMENTS = ("<mm:think>", "</mm:think>", NS, CALL, "text ", "é", "\n", "<city>
     st.booleans(),
     st.sampled_from([{}, {"tools": [WEATHER]}]),
     st.sampled_from([{}, {"logprobs": True, "top_logprobs": 1}]),
-    st.sampled_from([{}, {"stop": ["te", "d"]}, {"max_tokens": 5}]),
+    st.sampled_from([{}, {"stop": ["te", "d"]}, {"max_tokens": 5}, {"max_tokens": 60}]),
 )
 def test_a_stream_says_what_a_whole_answer_says(text, groups, burst, tools, logprobs, end):
     engine = says(text, "x" + text, groups=groups, burst=burst)
@@ -436,4 +433,6 @@ def test_a_stream_says_what_a_whole_answer_says(text, groups, burst, tools, logp
     assert events[-1]["usage"] == answer["usage"]
     for choice in whole(answer):
         for call in choice["message"]["tool_calls"]:
-            assert isinstance(json.loads(call["arguments"]), dict)
+            # Only a call that the limit cut off is not whole.
+            if choice["finish_reason"] != "length":
+                assert isinstance(json.loads(call["arguments"]), dict)

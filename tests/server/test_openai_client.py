@@ -39,8 +39,6 @@ def script(request: Request, index: int) -> str:
     prompt = TOKENIZER.decode(request.prompt_ids, skip_special_tokens=False)
     if prompt.endswith('<invoke name="get_weather">'):
         return f"{NS}<city>Paris{NS}</city>{NS}</invoke>\n{NS}</tool_call>"
-    if prompt.endswith('<invoke name="'):
-        return f'get_weather">{NS}<city>Paris{NS}</city>{NS}</invoke>\n{NS}</tool_call>'
     if prompt.endswith("<mm:think>"):
         return "Two and two.</mm:think>It is 4, of course."
     return "It is 4, of course."
@@ -143,6 +141,7 @@ def test_reasoning(client, model):
     )
     message = answer.choices[0].message
     assert message.reasoning_content
+    assert message.reasoning == message.reasoning_content
     assert "mm:think" not in (message.content or "") + message.reasoning_content
     assert answer.usage.completion_tokens_details.reasoning_tokens > 0
 
@@ -160,7 +159,8 @@ def test_tools(client, model, choice):
         "temperature": 0,
     }
     [found] = client.chat.completions.create(**fields).choices
-    assert found.finish_reason == "tool_calls"
+    # As at OpenAI, the call of a function that was named is no reason of its own.
+    assert found.finish_reason == ("tool_calls" if choice == "required" else "stop")
     call = found.message.tool_calls[0]
     assert call.type == "function" and call.id
     assert call.function.name == "get_weather"
@@ -196,6 +196,7 @@ def test_three_answers_with_logprobs(client, model):
         logprobs=True,
         top_logprobs=2,
         max_tokens=8,
+        reasoning_effort="none",
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     for choice in answer.choices:
