@@ -165,6 +165,9 @@ class Stage:
         self._engine = engine
         return post(self._app, path, body)
 
+    def get(self, path: str) -> "Reply":
+        return get(self._app, path)
+
     async def submit(self, request: Request) -> "FakeEvents":
         return await self._engine.submit(request)
 

@@ -1,5 +1,6 @@
 """The chat template's sandbox, the tokenizer's pieces, and what a checkpoint's files say."""
 
+import asyncio
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, models
 from eaglerun.errors import CheckpointError
 from eaglerun.server.chat import load_chat, load_sampling
 from eaglerun.server.failures import ApiError
+from eaglerun.server.protocol import UserMessage
 from eaglerun.server.settings import Limits, SamplingDefaults
 from eaglerun.server.template import ChatTemplate
 from eaglerun.server.vocabulary import Vocabulary
@@ -71,6 +73,15 @@ def test_a_template_ends_in_time():
     assert caught.value.detail == "messages: the prompt takes too long to render"
 
 
+def test_marks_of_training_change_nothing():
+    source = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}!"
+    )
+    assert render(source) == "hi!"
+    with pytest.raises(CheckpointError, match="the chat template is broken in line 1"):
+        ChatTemplate("{% generation %}a", {}, 1.0)
+
+
 def test_a_broken_template_is_found_at_start():
     with pytest.raises(CheckpointError, match="the chat template is broken in line 2: "):
         ChatTemplate("\n{% if %}", {}, 1.0)
@@ -90,6 +101,30 @@ def test_pieces():
 def test_pieces_of_a_tokenizer_of_words():
     tokenizer = Tokenizer(models.WordLevel({"hello": 0, "[UNK]": 1}, unk_token="[UNK]"))
     assert Vocabulary(tokenizer).piece(0) == b"hello"
+
+
+def test_templates_in_a_list(tmp_path):
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+
+    def prompts(listed: object) -> list[str]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+        chat = load_chat(tmp_path, Limits())
+        messages = [UserMessage(role="user", content="hi")]
+
+        async def ask() -> list[str]:
+            found = [await chat.prompt(messages, t, template_kwargs={}) for t in ([], [{"a": 1}])]
+            return [TOKENIZER.decode(prompt.token_ids) for prompt in found]
+
+        texts = asyncio.run(ask())
+        chat.close()
+        return texts
+
+    plain, tools = ({"name": n, "template": f"{n}!"} for n in ("default", "tool_use"))
+    assert prompts([tools, plain]) == ["default!", "tool_use!"]
+    assert prompts([plain]) == ["default!", "default!"]
+    for wrong in ([tools], [], {"a": 1}, 5, ["default"]):
+        with pytest.raises(CheckpointError, match="one that is named default"):
+            prompts(wrong)
 
 
 def test_files_of_a_checkpoint(tmp_path):
