@@ -294,6 +294,10 @@ class ToolParser:
         first, *rest = tokens
         assert isinstance(first, Open)
         if self._arguments is None:
+            last = tokens[-1]
+            if isinstance(last, Close) and last.name == _BLOCK and not self._says_something:
+                # An empty block, and no text that could be about it.
+                return
             self._content(first)
         elif first.bare and not self._arguments.allows(first.name):
             self._arguments.text(first.raw.removeprefix(MARKER))

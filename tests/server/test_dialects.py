@@ -6,8 +6,10 @@ namespace marker.
 
 import json
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,6 +255,7 @@ QUOTATIONS = [
         "an-empty-block", "Hm.~<tool_call>\n~</tool_call>", content="Hm.~<tool_call>\n~</tool_call>"
     ),
     Row("nothing-but-an-opened-block", "~<tool_call>\n"),
+    Row("nothing-but-an-empty-block", "~<tool_call>\n~</tool_call>"),
 ]
 
 VALUES = [
@@ -602,8 +605,12 @@ def test_a_row_means_the_same_in_pieces(row):
         assert parsed(row, pieces) == whole
 
 
-def test_rows_have_names_of_their_own():
-    assert len({row.id for row in ROWS}) == len(ROWS)
+def test_rows_have_names_of_their_own_and_stand_in_the_document():
+    document = Path(__file__).parents[2] / "recipes" / "api.md"
+    _, _, tables = document.read_text().partition("## M3's syntax")
+    rows = [line.rsplit("|", 2)[1] for line in tables.splitlines() if line.startswith("| ")]
+    named = re.findall("`(.*?)`", " ".join(rows))
+    assert sorted(named) == sorted(row.id for row in ROWS)
 
 
 @pytest.mark.parametrize("end", range(len(CALL.replace("~", MARKER)) + 1))

@@ -1,10 +1,12 @@
 """What clients really send, field by field: what is honoured does something, the rest nothing."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import TOKENIZER, FakeEngine, Reply, Script, Stage
+from fake_engine import TOKENIZER, FakeEngine, Reply, Script, Stage, make_app, post
 
+import eaglerun.configs as demo
 from eaglerun.messages import Request
 
 NS = "]<]minimax[>["
@@ -181,6 +183,17 @@ def test_broken_arguments_of_a_history_are_rendered_as_they_are(arguments):
         {"type": "function_call_output", "call_id": "c", "output": "no"},
     ]
     assert told(RESPONSES, input=items)[0] == prompt
+
+
+@pytest.mark.parametrize("arguments", BROKEN)
+def test_the_demos_template_writes_broken_arguments_as_they_are(arguments):
+    template = Path(demo.__file__).parent / "demo" / "target" / "chat_template.jinja"
+    engine = says("ok")
+    app = make_app(engine, template.read_text())
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+    assert post(app, CHAT, {"messages": messages}).status == 200
+    assert f'{NS}<invoke name="f">{arguments}{NS}</invoke>' in prompt_of(engine)
 
 
 def test_empty_arguments_of_a_history_are_an_object():
