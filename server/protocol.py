@@ -7,6 +7,7 @@ nothing by its meaning is accepted, and so is any that is null or has its defaul
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+import orjson
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -106,7 +107,7 @@ class Generation(Strict):
     truncate_prompt_tokens: Annotated[Int, Field(json_schema_extra={"minimum": -1})] | None = None
     # No effect by their meaning: who asks, and what others keep or charge.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     store: Bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -189,13 +190,27 @@ class CompletionRequest(Generation):
         return prompts
 
 
+def _arguments_text(value: object) -> object:
+    """Arguments as the text that they should be; some clients send the object itself."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+ArgumentsText = Annotated[
+    str,
+    BeforeValidator(_arguments_text),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]}),
+]
+
+
 class CalledFunction(Strict):
     name: ToolName
-    arguments: str
+    arguments: ArgumentsText = ""
 
 
 class ToolCall(Strict):
-    """A call in an earlier answer; ``arguments`` should be a JSON object as text, and may not be:
+    """A call in an earlier answer. Its arguments should be a JSON object as text, and need not be:
     a call that was cut off comes back in every later turn."""
 
     id: str | None = None
@@ -374,8 +389,8 @@ class ChatCompletionRequest(ChatFields):
     prediction: dict[str, Any] | None = None
     echo: OnlyFalse = None
     audio: Absent = None
-    functions: Absent = None
-    function_call: Absent = None
+    functions: OnlyEmpty = None
+    function_call: Annotated[str | None, neutral("none", "auto")] = None
     web_search_options: Absent = None
 
 

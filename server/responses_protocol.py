@@ -19,6 +19,7 @@ from eaglerun.server.fields import (
     unsupported,
 )
 from eaglerun.server.protocol import (
+    ArgumentsText,
     AssistantMessage,
     CalledFunction,
     ChatFields,
@@ -45,7 +46,7 @@ class InputItem(Strict):
     content: TextContent | None = None
     call_id: str | None = None
     name: ToolName | None = None
-    arguments: str | None = None
+    arguments: ArgumentsText | None = None
     output: TextContent | None = None
     summary: TextContent | None = None
     encrypted_content: Absent = None

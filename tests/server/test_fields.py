@@ -53,7 +53,7 @@ def told(path: str, **fields: Any) -> tuple[str, Any]:
 # Without effect
 
 NO_EFFECT: list[tuple[str, dict[str, Any]]] = [
-    ("metadata", {"metadata": {"a": "b"}}),
+    ("metadata", {"metadata": {"a": "b", "c": 1}}),
     ("store", {"store": True}),
     ("not-store", {"store": False}),
     ("service-tier", {"service_tier": "flex"}),
@@ -68,6 +68,7 @@ NO_EFFECT: list[tuple[str, dict[str, Any]]] = [
     ("unknown-null", {"some_field_of_tomorrow": None}),
 ]
 OF_ONE_ROUTE: list[tuple[str, str, dict[str, Any]]] = [
+    ("no-functions", CHAT, {"functions": [], "function_call": "auto"}),
     ("prediction", CHAT, {"prediction": {"type": "content", "content": "hi"}}),
     ("verbosity", CHAT, {"verbosity": "medium"}),
     ("modalities", CHAT, {"modalities": ["text"]}),
@@ -196,10 +197,20 @@ def test_the_demos_template_writes_broken_arguments_as_they_are(arguments):
     assert f'{NS}<invoke name="f">{arguments}{NS}</invoke>' in prompt_of(engine)
 
 
-def test_empty_arguments_of_a_history_are_an_object():
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        ({"arguments": ""}, ""),
+        ({"arguments": None}, ""),
+        ({}, ""),
+        ({"arguments": {"a": "b"}}, f"{NS}<a>b{NS}</a>"),
+        ({"arguments": ["a"]}, f'{NS}<$text>["a"]{NS}</$text>'),
+    ],
+)
+def test_other_kinds_of_arguments_in_a_history(function, text):
+    call = {"id": "c", "type": "function", "function": {"name": "f"} | function}
     prompt, _ = told(CHAT, messages=[USER, {"role": "assistant", "tool_calls": [call]}, USER])
-    assert f'{NS}<invoke name="f">{NS}</invoke>' in prompt
+    assert f'{NS}<invoke name="f">{text}{NS}</invoke>' in prompt
 
 
 @pytest.mark.parametrize("turn", [{"content": None}, {"content": ""}, {}, {"tool_calls": []}])

@@ -37,8 +37,8 @@ def refusal(reply: Reply) -> tuple[str | None, str]:
     ("fields", "param", "words"),
     [
         ({"strem": True}, "strem", 'did you mean "stream"?'),
-        ({"functions": []}, "functions", "not supported"),
-        ({"function_call": "auto"}, "function_call", "not supported"),
+        ({"functions": [TOOL["function"]]}, "functions", "only [] is accepted"),
+        ({"function_call": {"name": "f"}}, "function_call", 'only "none" or "auto" is accepted'),
         ({"audio": {}}, "audio", "not supported"),
         ({"verbosity": "low"}, "verbosity", 'only "medium" is accepted'),
         ({"bad_words": ["x"]}, "bad_words", "only [] is accepted"),
