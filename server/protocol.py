@@ -204,8 +204,12 @@ ArgumentsText = Annotated[
 ]
 
 
+# Of a call in a history: the model may have called what does not exist.
+CalledName = Annotated[str, Field(min_length=1, max_length=512)]
+
+
 class CalledFunction(Strict):
-    name: ToolName
+    name: CalledName
     arguments: ArgumentsText = ""
 
 

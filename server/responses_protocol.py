@@ -22,6 +22,7 @@ from eaglerun.server.protocol import (
     ArgumentsText,
     AssistantMessage,
     CalledFunction,
+    CalledName,
     ChatFields,
     InstructionMessage,
     Message,
@@ -45,7 +46,7 @@ class InputItem(Strict):
     role: Literal["root", "system", "developer", "user", "assistant"] | None = None
     content: TextContent | None = None
     call_id: str | None = None
-    name: ToolName | None = None
+    name: CalledName | None = None
     arguments: ArgumentsText | None = None
     output: TextContent | None = None
     summary: TextContent | None = None

@@ -316,7 +316,10 @@ class ToolParser:
             if token.name == _BLOCK:
                 self._in_block = False
                 self._end_text()
-        else:
+        elif not (isinstance(token, Close) and token.name in (_BLOCK, _CALL)):
+            self._content(token)
+        elif self._says_something:
+            # It is quoted; with no text before it, it closes nothing, and is dropped.
             self._content(token)
 
     def _content(self, token: Token) -> None:

@@ -248,12 +248,14 @@ QUOTATIONS = [
     ),
     Row(
         "closing-tags-quoted-in-content",
-        "~</invoke> and ~</tool_call>",
-        content="~</invoke> and ~</tool_call>",
+        "They end with ~</invoke> and ~</tool_call>",
+        content="They end with ~</invoke> and ~</tool_call>",
     ),
     Row(
         "an-empty-block", "Hm.~<tool_call>\n~</tool_call>", content="Hm.~<tool_call>\n~</tool_call>"
     ),
+    Row("closing-tags-of-nothing", "~</tool_call>\n~</invoke>Hello.", content="\nHello."),
+    Row("closing-tags-twice", call("g", "~<a>1~</a>") + "\n~</tool_call>", (("g", {"a": 1}),)),
     Row("nothing-but-an-opened-block", "~<tool_call>\n"),
     Row("nothing-but-an-empty-block", "~<tool_call>\n~</tool_call>"),
 ]

@@ -213,6 +213,18 @@ def test_other_kinds_of_arguments_in_a_history(function, text):
     assert f'{NS}<invoke name="f">{text}{NS}</invoke>' in prompt
 
 
+def test_a_history_may_call_what_does_not_exist():
+    engine = says(f'{NS}<tool_call>{NS}<invoke name="delete all!">{NS}</invoke>{NS}</tool_call>')
+    message = send(engine, CHAT, tools=[TOOL]).json()["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["name"] == "delete all!"
+    prompt, _ = told(CHAT, messages=[USER, message, USER], tools=[TOOL])
+    assert f'{NS}<invoke name="delete all!">{NS}</invoke>' in prompt
+    responses_tool = {"type": "function", **FUNCTION}
+    items = send(engine, RESPONSES, tools=[responses_tool]).json()["output"]
+    prompt, _ = told(RESPONSES, input=[USER, *items, USER], tools=[responses_tool])
+    assert f'{NS}<invoke name="delete all!">{NS}</invoke>' in prompt
+
+
 @pytest.mark.parametrize("turn", [{"content": None}, {"content": ""}, {}, {"tool_calls": []}])
 def test_a_turn_that_was_interrupted_is_empty(turn):
     prompt, _ = told(CHAT, messages=[USER, {"role": "assistant"} | turn, USER])
