@@ -85,6 +85,10 @@ class Lexer:
         self._held = ""
         self._at = 0
 
+    @property
+    def holds_back(self) -> bool:
+        return bool(self._held)
+
     def feed(self, text: str, at: int) -> list[Token]:
         if not self._held:
             self._at = at

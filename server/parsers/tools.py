@@ -113,7 +113,15 @@ class ToolParser:
         self.num_calls = 0
 
     def feed(self, text: str, at: int = 0) -> list[Part]:
-        self._read(self._lexer.feed(text, at))
+        if MARKER[0] in text or self._lexer.holds_back or self._waiting is not None:
+            self._read(self._lexer.feed(text, at))
+        elif self._arguments is not None:
+            # The usual pieces have nothing to do with a tag.
+            self._arguments.text(text)
+        elif self._says_something:
+            return [Content(text, at)] if text else []
+        else:
+            self._content(Text(text, at))
         return self._take_parts()
 
     def finish(self, cut: bool = False) -> list[Part]:
