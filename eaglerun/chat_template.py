@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -131,25 +132,38 @@ class _Environment(ImmutableSandboxedEnvironment):
 class ChatTemplate:
     """``source`` in the dialect that checkpoints use. Safe to render from several threads.
 
+    ``tool_source`` takes its place where there are tools; None: one template does for both.
+
     variables  names that the template reads beyond those that render() always gives
     tokens     special tokens by their names, which the template may read too
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], seconds: float = MAX_SECONDS
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        seconds: float = MAX_SECONDS,
+        tool_source: str | None = None,
     ) -> None:
         self._environment = _Environment()
         self.tokens = dict(special_tokens)
         self._seconds = seconds
+        names: set[str] = set()
+        self._template = self._compile(source, names)
+        self._tool_template = self._template
+        if tool_source is not None and tool_source != source:
+            self._tool_template = self._compile(tool_source, names)
+        self.variables = names.difference(_GIVEN, self.tokens, self._environment.globals)
+
+    def _compile(self, source: str, names: set[str]) -> jinja2.Template:
+        """Compile, and add the names that the template reads."""
         try:
-            self._template = self._environment.from_string(source)
-            names = find_undeclared_variables(self._environment.parse(source))
+            names |= find_undeclared_variables(self._environment.parse(source))
+            return self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the chat template is broken in line {error.lineno}: {error.message}"
             ) from error
-        given = _GIVEN.union(self.tokens, self._environment.globals)
-        self.variables = frozenset(names) - given
 
     def render(
         self,
@@ -174,7 +188,8 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._render(self.tokens | values, max_chars)
+            template = self._tool_template if tools else self._template
+            text = self._render(template, self.tokens | values, max_chars)
         except (Refused, Exhausted) as error:
             raise RequestError("messages", f"the prompt {error.message}") from error
         except _ERRORS as error:
@@ -190,37 +205,74 @@ class ChatTemplate:
             )
         return text[:end]
 
-    def _render(self, values: Mapping[str, object], max_chars: int) -> str:
+    def _render(
+        self, template: jinja2.Template, values: Mapping[str, object], max_chars: int
+    ) -> str:
         budget = self._environment.budget
         budget.deadline = time.monotonic() + self._seconds
         budget.chars = max_chars
         pieces = []
-        for piece in self._template.generate(values):
+        for piece in template.generate(values):
             budget.spend(len(piece))
             pieces.append(piece)
         return "".join(pieces)
 
 
-def load_chat_template(
-    path: Path, file: Path | None = None, seconds: float = MAX_SECONDS
-) -> ChatTemplate | None:
+@dataclass(frozen=True, slots=True)
+class TemplateSource:
+    """What a checkpoint's directory says of its template: the arguments of ChatTemplate."""
+
+    source: str
+    special_tokens: dict[str, str]
+    tool_source: str | None
+
+
+def read_template(path: Path, file: Path | None = None) -> TemplateSource | None:
     """The chat template of a checkpoint's directory; None where it has none.
 
     ``file`` takes the place of the checkpoint's template. Raises CheckpointError where a file is
     missing or broken.
     """
-    config = read_json(path / "tokenizer_config.json")
-    source = config.get("chat_template")
+    config_file = path / "tokenizer_config.json"
+    config = read_json(config_file)
+    found = config.get("chat_template")
     if file is None and (path / "chat_template.jinja").is_file():
         file = path / "chat_template.jinja"
     if file is not None:
-        source = _read_text(file)
+        found = _read_text(file)
+    if found is None:
+        return None
     special = {
         name: text
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         if (text := _token_text(config.get(name))) is not None
     }
-    return ChatTemplate(source, special, seconds) if isinstance(source, str) else None
+    if isinstance(found, str):
+        return TemplateSource(found, special, None)
+    named = _named_templates(found, config_file)
+    return TemplateSource(named["default"], special, named.get("tool_use"))
+
+
+def load_chat_template(path: Path, file: Path | None = None) -> ChatTemplate | None:
+    """read_template(), compiled."""
+    found = read_template(path, file)
+    if found is None:
+        return None
+    return ChatTemplate(found.source, found.special_tokens, tool_source=found.tool_source)
+
+
+def _named_templates(found: object, file: Path) -> dict[str, str]:
+    """The templates of a list by name; "tool_use" is the one for requests with tools."""
+    named = {}
+    for entry in found if isinstance(found, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+            named[str(entry.get("name"))] = entry["template"]
+    if "default" not in named:
+        raise CheckpointError(
+            f"{file}: chat_template must be a text, or a list of named templates with one that "
+            "is named default"
+        )
+    return named
 
 
 def read_json(path: Path) -> dict[str, Any]:

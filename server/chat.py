@@ -1,7 +1,6 @@
 """From a conversation to token ids: MiniMax-M3's template, its thinking modes and forced calls."""
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any, TypeVar
 import orjson
 from tokenizers import Tokenizer
 
+from eaglerun.chat_template import read_json, read_template
+from eaglerun.conversation import THINKING_MODES
 from eaglerun.errors import CheckpointError, RequestError
 from eaglerun.server.failures import ApiError, new_id, overloaded, refuse
 from eaglerun.server.fields import EFFORTS
@@ -21,8 +22,6 @@ from eaglerun.server.protocol import AssistantMessage, Message, ToolCall
 from eaglerun.server.settings import Limits, SamplingDefaults, Settings
 from eaglerun.server.template import ChatTemplate
 from eaglerun.server.vocabulary import Vocabulary
-
-THINKING_MODES = ("enabled", "disabled", "adaptive")
 
 _T = TypeVar("_T")
 
@@ -45,14 +44,6 @@ class Prompt:
         return Prompt(self.token_ids + token_ids, self.start, self.forced + text)
 
 
-@dataclass(frozen=True, slots=True)
-class Templates:
-    """A checkpoint's chat template, and the one for requests with tools, if it has two."""
-
-    plain: ChatTemplate
-    with_tools: ChatTemplate
-
-
 class Chat:
     """A checkpoint's tokenizer and template, worked by a few threads of its own.
 
@@ -63,13 +54,11 @@ class Chat:
     def __init__(
         self,
         vocabulary: Vocabulary,
-        template: ChatTemplate | Templates | None,
+        template: ChatTemplate | None,
         limits: Limits,
     ) -> None:
         self.vocabulary = vocabulary
-        if isinstance(template, ChatTemplate):
-            template = Templates(template, template)
-        self._templates = template
+        self._template = template
         self._limits = limits
         self._threads = _threads()
         self._num_preparing = 0
@@ -127,9 +116,9 @@ class Chat:
         add_generation_prompt: bool,
         **template_kwargs: object,
     ) -> str:
-        if self._templates is None:
+        template = self._template
+        if template is None:
             raise refuse(field, "the model has no chat template")
-        template = self._templates.with_tools if tools else self._templates.plain
 
         def render(messages: list[dict[str, Any]]) -> str:
             return template.render(
@@ -304,46 +293,13 @@ def load_chat(path: Path, limits: Limits, template_file: Path | None = None) -> 
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{tokenizer_file} is missing: the server needs a tokenizer")
     vocabulary = Vocabulary(Tokenizer.from_file(str(tokenizer_file)))
-    config = _read_json(path / "tokenizer_config.json")
-    files = [template_file] if template_file else [path / "chat_template.jinja"]
-    source = config.get("chat_template")
-    for file in files:
-        if file.is_file():
-            source = file.read_text(encoding="utf-8")
-        elif file is template_file:
-            raise CheckpointError(f"the chat template {file} does not exist")
-    special = {
-        name: text
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if (text := _token_text(config.get(name))) is not None
-    }
-    plain, with_tools = _sources(source, path / "tokenizer_config.json")
-    if plain is None or with_tools is None:
+    template = read_template(path, template_file)
+    if template is None:
         return Chat(vocabulary, None, limits)
-    template = ChatTemplate(plain, special, limits.template_seconds)
-    if with_tools == plain:
-        return Chat(vocabulary, template, limits)
-    for_tools = ChatTemplate(with_tools, special, limits.template_seconds)
-    return Chat(vocabulary, Templates(template, for_tools), limits)
-
-
-def _sources(found: object, file: Path) -> tuple[str | None, str | None]:
-    """The templates without and with tools: one text, or a list of named ones.
-
-    Of a list, "default" is the template, and "tool_use" that of requests with tools.
-    """
-    if found is None or isinstance(found, str):
-        return found, found
-    named = {}
-    for entry in found if isinstance(found, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("template"), str):
-            named[entry.get("name")] = entry["template"]
-    if "default" not in named:
-        raise CheckpointError(
-            f"{file}: chat_template must be a text, or a list of named templates with one that "
-            f"is named default"
-        )
-    return named["default"], named.get("tool_use", named["default"])
+    compiled = ChatTemplate(
+        template.source, template.special_tokens, limits.template_seconds, template.tool_source
+    )
+    return Chat(vocabulary, compiled, limits)
 
 
 def load_sampling(path: Path) -> SamplingDefaults:
@@ -351,7 +307,7 @@ def load_sampling(path: Path) -> SamplingDefaults:
 
     CheckpointError for values that no request could ask for.
     """
-    config = _read_json(path / "generation_config.json")
+    config = read_json(path / "generation_config.json")
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     values = {name: config[name] for name in names if config.get(name) is not None}
     if config.get("do_sample") is False:
@@ -360,21 +316,3 @@ def load_sampling(path: Path) -> SamplingDefaults:
         return SamplingDefaults(**values)
     except RequestError as error:
         raise CheckpointError(f"{path / 'generation_config.json'}: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
-
-
-def _token_text(token: object) -> str | None:
-    """A special token as tokenizer_config.json writes it: plain, or an object with its content."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None

@@ -137,8 +137,8 @@ def test_files_of_a_checkpoint(tmp_path):
     def rendered(**options) -> str:
         chat = load_chat(tmp_path, Limits(), **options)
         chat.close()
-        assert chat._templates is not None
-        return chat._templates.plain.render(USER, None, 9999, add_generation_prompt=True)
+        assert chat._template is not None
+        return chat._template.render(USER, None, 9999, add_generation_prompt=True)
 
     assert rendered() == "old"
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)

@@ -28,6 +28,21 @@ def test_names_that_a_template_reads():
     assert template.variables == {"mode", "x"}
 
 
+def test_a_list_of_templates_has_one_for_tools(tmp_path: Path):
+    listed = [
+        {"name": "default", "template": "plain {% generation %}{{ a }}{% endgeneration %}"},
+        {"name": "tool_use", "template": "tools {{ b }}"},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    template = load_chat_template(tmp_path)
+    assert template is not None and template.variables == {"a", "b"}
+    texts = [
+        template.render(USER, tools, 99, add_generation_prompt=True, a=1, b=2)
+        for tools in (None, [], [{"name": "f"}])
+    ]
+    assert texts == ["plain 1", "plain 1", "tools 2"]
+
+
 def continued(source: str, *messages: dict[str, object]) -> str:
     return ChatTemplate(source, {}).render(
         messages, None, 999, add_generation_prompt=False, continue_final_message=True
