@@ -298,6 +298,27 @@ class ServerConfig(Checked):
         "origins whose pages may call this server, separated by commas; *: any",
         aliases=("allowed-origins",),
     )
+    allowed_hosts: str | None = option(
+        None,
+        "names in the Host header that are answered, separated by commas; *: any; none: loopback "
+        "names where the server is local and has no api_key, else any",
+    )
+    forwarded_allow_ips: str | None = option(
+        None,
+        "addresses of proxies whose X-Forwarded-For is believed, separated by commas; none: nobody",
+    )
+    max_connections: int | None = option(
+        None, "connections at once; none: 4096, or what the limit of open files leaves", low=1
+    )
+    max_connections_per_address: int | None = option(
+        None, "of those from one address (proxies excepted); none: half of them", low=1
+    )
+    header_timeout: float = option(
+        10.0, "seconds from a connection's start to the end of its headers", low=0.001
+    )
+    write_timeout: float = option(
+        60.0, "seconds that a client may take no bytes of its answer; then it is cut off", low=0.001
+    )
     chat_template: str | None = option(None, "Jinja file; none: the checkpoint's own")
     chat_template_kwargs: str = option(
         "thinking_mode", "names that requests may set in chat_template_kwargs, by commas"

@@ -76,6 +76,8 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
         middleware=middleware,
+        # A redirect would repeat whatever host the client named.
+        redirect_slashes=False,
     )
     install_handlers(app)
     backend = Backend(client, settings, chat)

@@ -19,10 +19,14 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eaglerun.server.failures import REQUEST_ID, ApiError, error_response, new_id
+from eaglerun.server.http_limits import network_of
 from eaglerun.server.settings import Limits, RateLimit, Settings
 
 # Clients whose buckets are remembered; the one seen longest ago is forgotten first.
 MAX_BUCKETS = 4096
+# Wrong keys from one address. Past this rate no further key of that address is looked at, but for
+# those that were right there before.
+WRONG_KEYS = RateLimit(requests_per_second=0.5, burst=20)
 MAX_NESTING = "eaglerun.max_nesting"
 MAX_BODY = "eaglerun.max_body_bytes"
 
@@ -47,6 +51,9 @@ class Guard:
         self._keys = tuple(_digest(key) for key in settings.api_keys)
         rate = settings.rate_limit
         self._buckets = None if rate is None else Buckets(rate, clock)
+        self._wrong_keys = Buckets(WRONG_KEYS, clock)
+        # Digests of right keys by the addresses they came from, the latest last.
+        self._seen: OrderedDict[tuple[str, bytes], None] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,6 +82,14 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         limits = self._settings.limits
+        host = headers.get("host")
+        if host is not None and host not in self._settings.hosts:
+            raise ApiError(
+                403,
+                "this server does not answer to the host in the Host header; its operator may "
+                "allow it (--allowed-hosts)",
+                code="host_not_allowed",
+            )
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size > limits.max_header_bytes:
             raise ApiError(431, f"the headers exceed {limits.max_header_bytes} bytes")
@@ -86,7 +101,7 @@ class Guard:
                     429,
                     "too many requests for this key",
                     code="rate_limit_exceeded",
-                    headers={"retry-after": str(int(wait) + 1)},
+                    headers=_retry_after(wait),
                 )
         length = headers.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > limits.max_body_bytes:
@@ -94,21 +109,37 @@ class Guard:
 
     def _client(self, scope: Scope, headers: Headers) -> str:
         """Who asks: the digest of a valid key, or an address. ApiError without a valid key."""
-        address = scope.get("client") or ("",)
+        address = network_of(str((scope.get("client") or ("",))[0]))
         if not self._keys or scope["path"] in self._settings.open_paths:
-            return str(address[0])
+            return address
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip())
+        if (address, digest) not in self._seen:
+            self._check_key(address, scheme.lower(), digest)
+        return digest.hex()
+
+    def _check_key(self, address: str, scheme: str, digest: bytes) -> None:
+        wait = self._wrong_keys.wait(address)
+        if wait > 0:
+            raise ApiError(
+                429,
+                "too many wrong API keys came from this address",
+                code="rate_limit_exceeded",
+                headers=_retry_after(wait),
+            )
         # Every key is compared, so that the time taken tells nothing about which one was close.
         matches = [hmac.compare_digest(digest, known) for known in self._keys]
-        if scheme.lower() != "bearer" or not any(matches):
+        if scheme != "bearer" or not any(matches):
+            self._wrong_keys.take(address)
             raise ApiError(
                 401,
                 "this server wants an API key: Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        return digest.hex()
+        self._seen[address, digest] = None
+        if len(self._seen) > MAX_BUCKETS:
+            self._seen.popitem(last=False)
 
 
 class Buckets:
@@ -121,14 +152,27 @@ class Buckets:
 
     def take(self, client: str) -> float:
         """Take one token; else the seconds until there is one."""
-        now = self._clock()
-        tokens, seen = self._buckets.pop(client, (float(self._rate.burst), now))
-        tokens = min(self._rate.burst, tokens + (now - seen) * self._rate.requests_per_second)
-        wait = 0.0 if tokens >= 1 else (1 - tokens) / self._rate.requests_per_second
+        tokens, now = self._tokens(client)
+        wait = self._wait(tokens)
+        self._buckets.pop(client, None)
         self._buckets[client] = (tokens if wait else tokens - 1, now)
         if len(self._buckets) > MAX_BUCKETS:
             self._buckets.popitem(last=False)
         return wait
+
+    def wait(self, client: str) -> float:
+        """The seconds until there is a token."""
+        return self._wait(self._tokens(client)[0])
+
+    def _tokens(self, client: str) -> tuple[float, float]:
+        """What the client has, and the time now."""
+        now = self._clock()
+        tokens, seen = self._buckets.get(client, (float(self._rate.burst), now))
+        tokens += (now - seen) * self._rate.requests_per_second
+        return min(self._rate.burst, tokens), now
+
+    def _wait(self, tokens: float) -> float:
+        return 0.0 if tokens >= 1 else (1 - tokens) / self._rate.requests_per_second
 
 
 class LimitedBody:
@@ -214,6 +258,10 @@ def is_nested(body: bytes, limit: int) -> bool:
 
 def _too_large(limits: Limits) -> ApiError:
     return ApiError(413, f"the body exceeds {limits.max_body_bytes} bytes", headers=_CLOSE)
+
+
+def _retry_after(wait_s: float) -> dict[str, str]:
+    return {"retry-after": str(int(wait_s) + 1)}
 
 
 def _digest(key: str) -> bytes:

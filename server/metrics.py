@@ -25,6 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from eaglerun.messages import Finished, SpeculationStats
+from eaglerun.server.http_limits import HttpCounts
 from eaglerun.server.wire import Totals
 
 SECONDS = (
@@ -76,6 +77,7 @@ class RequestMetrics:
         self.per_output_token = Histogram(SECONDS)
         self.prompt_tokens = Histogram(LENGTHS)
         self.output_tokens = Histogram(LENGTHS)
+        self.http = HttpCounts()
         self.refused = {"queue full": 0, "queue timeout": 0, "invalid": 0}
         self.failed = 0
 
@@ -107,6 +109,7 @@ class Exposition(Collector):
         yield from self._speculation(totals.speculation)
         yield from self._by_context(totals)
         yield from self._times()
+        yield from self._http(self._requests.http)
 
     def _state(self, totals: Totals) -> Iterator[Metric]:
         for name, text, value in (
@@ -123,6 +126,25 @@ class Exposition(Collector):
         )
         yield from self._counter(
             "requests_failed", "Requests that broke off.", [({}, self._requests.failed)]
+        )
+
+    def _http(self, http: HttpCounts) -> Iterator[Metric]:
+        yield from self._counter(
+            "http_responses",
+            "HTTP answers by status.",
+            [({"code": str(status)}, n) for status, n in sorted(http.responses.items())],
+        )
+        yield from self._gauge(
+            "http_connections_open", "Connections.", [({}, http.connections_open)]
+        )
+        yield from self._counter(
+            "http_connections", "Connections since the start.", [({}, http.connections_total)]
+        )
+        yield from self._counter(
+            "http_connections_closed",
+            "Connections that the server ended: idle ones to make room, refused ones, clients slow "
+            "to send or not reading.",
+            [({"reason": reason}, n) for reason, n in http.closed.items()],
         )
 
     def _tokens(self, totals: Totals) -> Iterator[Metric]:

@@ -14,14 +14,14 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eaglerun import __version__
 from eaglerun.config import Config, OutputConfig, ServerConfig
@@ -29,6 +29,14 @@ from eaglerun.errors import ConfigError
 from eaglerun.server import wire
 from eaglerun.server.app import create_app
 from eaglerun.server.chat import Chat, load_chat, load_sampling
+from eaglerun.server.hosts import AllowedHosts, allowed_hosts, is_loopback, trusted_proxies
+from eaglerun.server.http_limits import (
+    Connections,
+    HttpCounts,
+    HttpLimits,
+    LimitedProtocol,
+    allow_files,
+)
 from eaglerun.server.logs import configure_logging
 from eaglerun.server.metrics import Exposition, RequestMetrics, metrics_route
 from eaglerun.server.monitor import Monitor
@@ -42,6 +50,7 @@ log = logging.getLogger(__name__)
 ENGINE = (sys.executable, "-m", "eaglerun.server.engine_main")
 # How long connections may take to receive their last bytes.
 FLUSH_S = 5.0
+TLS_HANDSHAKE_S = 10.0
 OK, DIED = 0, 1
 
 
@@ -55,6 +64,8 @@ def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
     if config.server.log_stats_interval:
         config = _without_second_log(config)
     check_files(config.server)
+    hosts_of(config.server)
+    proxies_of(config.server)
     listener = bind(config.server)
     log.info("eaglerun %s with\n%s", __version__, config.to_toml())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -110,6 +121,29 @@ def keys_of(server: ServerConfig) -> tuple[str, ...]:
     return _words(server.api_key)
 
 
+def hosts_of(server: ServerConfig) -> AllowedHosts:
+    return allowed_hosts(
+        _words(server.allowed_hosts),
+        loopback_only=is_loopback(server.host),
+        has_keys=bool(keys_of(server)),
+    )
+
+
+def proxies_of(server: ServerConfig) -> Callable[[str], bool]:
+    return trusted_proxies(_words(server.forwarded_allow_ips))
+
+
+def http_limits(server: ServerConfig) -> HttpLimits:
+    """Raises the process's limit of open files where that is needed and allowed."""
+    most = allow_files(server.max_connections)
+    return HttpLimits(
+        header_seconds=server.header_timeout,
+        write_seconds=server.write_timeout,
+        max_connections=most,
+        max_per_address=server.max_connections_per_address or max(1, most // 2),
+    )
+
+
 def _words(text: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
@@ -124,6 +158,7 @@ def settings_of(config: Config, ready: wire.Ready, checkpoint: Path) -> Settings
         version=__version__,
         api_keys=keys_of(server),
         open_paths=frozenset({"/health"}) | OPEN_PATHS,
+        hosts=hosts_of(server),
         cors_origins=_words(server.cors_origins),
         rate_limit=None if rate is None else RateLimit(rate, server.rate_limit_burst),
         limits=Limits(
@@ -145,12 +180,19 @@ async def _run(config: Config, engine: Sequence[str], listener: socket.socket) -
 class Front:
     """The application, from the moment there is one; until then, word that it is loading."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: HttpCounts) -> None:
         self.app: ASGIApp = self._loading
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[BODY_SEND] = send
-        await self.app(scope, receive, send)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._counts.responded(message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counted)
 
     async def _loading(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/health":
@@ -167,7 +209,31 @@ class Front:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: the first one drains, and none is raised again at the end."""
+    """uvicorn with our connections, and with signals left to us: the first one drains, and none is
+    raised again at the end."""
+
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._connections = connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        config = self.config
+
+        def connection() -> LimitedProtocol:
+            return LimitedProtocol(
+                config, self.server_state, self.lifespan.state, self._connections
+            )
+
+        loop = asyncio.get_running_loop()
+        timeout_s = None if config.ssl is None else TLS_HANDSHAKE_S
+        self.servers = [
+            await loop.create_server(
+                connection, sock=one, ssl=config.ssl, ssl_handshake_timeout=timeout_s
+            )
+            for one in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -180,14 +246,15 @@ class _HttpProcess:
     def __init__(self, config: Config, engine: Sequence[str], listener: socket.socket) -> None:
         self._config = config
         self._listener = listener
-        self._front = Front()
         self._metrics = RequestMetrics()
+        self._front = Front(self._metrics.http)
         self._client = ProcessClient(config, engine, self._metrics, log.info)
         self._loop = asyncio.get_running_loop()
         # The first signal drains, the second does not wait any longer.
         self._stop: asyncio.Future[None] = self._loop.create_future()
         self._stop_now: asyncio.Future[None] = self._loop.create_future()
         server = config.server
+        proxies = proxies_of(server)
         self._http = _Server(
             uvicorn.Config(
                 self._front,
@@ -200,7 +267,11 @@ class _HttpProcess:
                 server_header=False,
                 ssl_certfile=server.ssl_certfile,
                 ssl_keyfile=server.ssl_keyfile,
-            )
+                # Without a setting nobody is believed, whatever uvicorn's own variables say.
+                proxy_headers=server.forwarded_allow_ips is not None,
+                forwarded_allow_ips=list(_words(server.forwarded_allow_ips)),
+            ),
+            Connections(http_limits(server), self._metrics.http, proxies),
         )
 
     async def run(self) -> int:

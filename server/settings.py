@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from eaglerun.messages import SamplingParams
+from eaglerun.server.hosts import AllowedHosts
 
 MIB = 1 << 20
 
@@ -68,6 +69,7 @@ class Settings:
     created          Unix time, for the list of models
     api_keys         none: no key is asked for
     open_paths       need no key; "/health" and whatever static pages the caller adds
+    hosts            what the Host header may say
     cors_origins     origins whose pages may call us; "*": any
     template_kwargs  names a request may set in chat_template_kwargs
     log_prompts      write prompts to the log, with the ids of their answers
@@ -78,6 +80,7 @@ class Settings:
     version: str
     api_keys: tuple[str, ...] = ()
     open_paths: frozenset[str] = frozenset({"/health"})
+    hosts: AllowedHosts = AllowedHosts(None)
     cors_origins: tuple[str, ...] = ()
     rate_limit: RateLimit | None = None
     limits: Limits = field(default_factory=Limits)

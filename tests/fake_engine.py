@@ -338,6 +338,7 @@ async def call(
     gone: asyncio.Event | None = None,
     chunks: Sequence[bytes] | None = None,
     reply: Reply | None = None,
+    client: str = "127.0.0.1",
 ) -> Reply:
     """One request. ``gone``: the client goes away when it is set. ``chunks``: the raw body.
 
@@ -357,7 +358,7 @@ async def call(
         "scheme": "http",
         "query_string": b"",
         "headers": [(k.encode(), v.encode()) for k, v in given.items()],
-        "client": ("127.0.0.1", 1),
+        "client": (client, 1),
         "server": ("127.0.0.1", 80),
     }
     parts = list(chunks) or [b""]

@@ -93,6 +93,20 @@ def test_counts_are_exposed_under_both_names():
     assert value("eaglerun:spec_decode_num_drafts_by_context_total", "context_below=2048") == 2
 
 
+def test_connections_and_statuses_are_exposed():
+    requests = RequestMetrics()
+    for status in (200, 200, 431):
+        requests.http.responded(status)
+    requests.http.connections_open, requests.http.connections_total = 3, 5
+    requests.http.closed["slow"] = 2
+    found = exposed(Totals(), requests)
+    assert found["eaglerun:http_responses_total", frozenset(["code=200"])] == 2
+    assert found["eaglerun:http_responses_total", frozenset(["code=431"])] == 1
+    assert found["eaglerun:http_connections_open", frozenset()] == 3
+    assert found["eaglerun:http_connections_total", frozenset()] == 5
+    assert found["eaglerun:http_connections_closed_total", frozenset(["reason=slow"])] == 2
+
+
 def test_an_engine_that_did_nothing_is_exposed():
     found = exposed(Totals(), RequestMetrics())
     assert found["eaglerun:generation_tokens_total", frozenset()] == 0
