@@ -29,6 +29,8 @@ _ERRORS = (
     ArithmeticError,
     RecursionError,
 )
+# The template, and the JSON files beside it.
+MAX_FILE_BYTES = 64 << 20
 # Strings that a template may build by adding and repeating.
 MAX_STRING = 64 << 20
 # One rendering may take so long.
@@ -239,6 +241,8 @@ def read_template(path: Path, file: Path | None = None) -> TemplateSource | None
     if file is None and (path / "chat_template.jinja").is_file():
         file = path / "chat_template.jinja"
     if file is not None:
+        if not file.is_file():
+            raise CheckpointError(f"the chat template {file} does not exist")
         found = _read_text(file)
     if found is None:
         return None
@@ -280,21 +284,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return value
 
 
-def _read_text(file: Path) -> str:
-    if not file.is_file():
-        raise CheckpointError(f"the chat template {file} does not exist")
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES} bytes")
     try:
-        return file.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"the chat template {file} is not UTF-8: {error}") from error
+        raise CheckpointError(f"{path} is not UTF-8: {error}") from None
 
 
 def _token_text(token: object) -> str | None:

@@ -1,24 +1,30 @@
 """The routes. create_app() builds everything from what it is given; nothing here is global."""
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute, APIRouter
+from fastapi.routing import APIRouter
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Match
-from starlette.types import Receive, Scope, Send
+from starlette.routing import BaseRoute
 
 from eaglerun.server import answers
-from eaglerun.server.auth import Guard, JsonRequest
-from eaglerun.server.chat import Chat, template_values
+from eaglerun.server.auth import Guard
+from eaglerun.server.bodies import json_route
+from eaglerun.server.chat import Chat
 from eaglerun.server.client import EngineClient
-from eaglerun.server.failures import ApiError, install_handlers, refuse
-from eaglerun.server.generate import Backend, chat_completion, completion, response
+from eaglerun.server.failures import ApiError, install_handlers
+from eaglerun.server.generate import (
+    Backend,
+    chat_completion,
+    completion,
+    detokenize,
+    response,
+    tokenize,
+)
 from eaglerun.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -87,35 +93,8 @@ def create_app(
     return app
 
 
-class _JsonRoute(APIRoute):
-    """A route whose body is read by JsonRequest. HEAD is answered where GET is."""
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        match, child = super().matches(scope)
-        if match is Match.PARTIAL and self._is_head(scope):
-            match = Match.FULL
-        return match, child
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._is_head(scope):
-            await self.app(scope, receive, send)
-        else:
-            await super().handle(scope, receive, send)
-
-    def _is_head(self, scope: Scope) -> bool:
-        return scope["method"] == "HEAD" and "GET" in (self.methods or ())
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_json(request: Request) -> Response:
-            return await handle(JsonRequest(request.scope, request.receive))
-
-        return handle_json
-
-
-def _router() -> APIRouter:
-    return APIRouter(route_class=_JsonRoute, responses=ERRORS)
+def _router(backend: Backend) -> APIRouter:
+    return APIRouter(route_class=json_route(backend.chat), responses=ERRORS)
 
 
 def _answer(model: type) -> Responses:
@@ -127,7 +106,7 @@ def _answer(model: type) -> Responses:
 
 
 def _generation(backend: Backend) -> APIRouter:
-    router = _router()
+    router = _router(backend)
 
     @router.post("/v1/chat/completions", responses=_answer(answers.ChatCompletion))
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:
@@ -145,48 +124,21 @@ def _generation(backend: Backend) -> APIRouter:
 
 
 def _text(backend: Backend) -> APIRouter:
-    router = _router()
-    chat, settings = backend.chat, backend.settings
+    router = _router(backend)
 
     @router.post("/tokenize", response_model_exclude_none=True)
-    async def tokenize(body: TokenizeRequest) -> answers.Tokenized:
-        backend.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise refuse("prompt", "give either a prompt or messages")
-        if body.messages is not None:
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-            values = template_values(body.chat_template_kwargs, settings)
-            prompt = await chat.prompt(
-                body.messages,
-                tools,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                template_kwargs=values,
-            )
-            ids = prompt.token_ids
-        else:
-            [ids] = await chat.encode([body.prompt or ""], body.add_special_tokens is not False)
-        texts = [chat.vocabulary.piece_text(id_) for id_ in ids]
-        return answers.Tokenized(
-            count=len(ids),
-            max_model_len=backend.client.status().max_model_len,
-            tokens=list(ids),
-            token_strs=texts if body.return_token_strs else None,
-        )
+    async def create_tokens(body: TokenizeRequest) -> answers.Tokenized:
+        return await tokenize(backend, body)
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> answers.Detokenized:
-        backend.check_model(body.model)
-        if any(id_ >= chat.vocabulary.size for id_ in body.tokens):
-            raise refuse("tokens", f"ids must be below {chat.vocabulary.size}")
-        text = await chat.decode(tuple(body.tokens), body.skip_special_tokens)
-        return answers.Detokenized(prompt=text)
+    async def create_text(body: DetokenizeRequest) -> answers.Detokenized:
+        return await detokenize(backend, body)
 
     return router
 
 
 def _models(backend: Backend) -> APIRouter:
-    router = _router()
+    router = _router(backend)
     settings = backend.settings
 
     def card(name: str) -> answers.ModelCard:
@@ -207,7 +159,7 @@ def _models(backend: Backend) -> APIRouter:
 
 
 def _health(backend: Backend) -> APIRouter:
-    router = _router()
+    router = _router(backend)
     client = backend.client
 
     @router.get("/health", response_class=Response)

@@ -8,17 +8,21 @@ import asyncio
 import hmac
 import re
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import sha256
 
-import orjson
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eaglerun.server.failures import REQUEST_ID, ApiError, error_response, new_id
+from eaglerun.server.bodies import HELD, LIMITS
+from eaglerun.server.failures import (
+    REQUEST_ID,
+    ApiError,
+    error_response,
+    new_id,
+    overloaded,
+)
 from eaglerun.server.http_limits import network_of
 from eaglerun.server.settings import Limits, RateLimit, Settings
 
@@ -27,12 +31,8 @@ MAX_BUCKETS = 4096
 # Wrong keys from one address. Past this rate no further key of that address is looked at, but for
 # those that were right there before.
 WRONG_KEYS = RateLimit(requests_per_second=0.5, burst=20)
-MAX_NESTING = "eaglerun.max_nesting"
-MAX_BODY = "eaglerun.max_body_bytes"
 
 _OUR_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-# A string (to the end of the body where it is not closed), or a bracket.
-_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
 _CLOSE = {"connection": "close"}
 
 
@@ -51,6 +51,7 @@ class Guard:
         self._keys = tuple(_digest(key) for key in settings.api_keys)
         rate = settings.rate_limit
         self._buckets = None if rate is None else Buckets(rate, clock)
+        self._held = HeldBytes(settings.limits.max_held_bytes)
         self._wrong_keys = Buckets(WRONG_KEYS, clock)
         # Digests of right keys by the addresses they came from, the latest last.
         self._seen: OrderedDict[tuple[str, bytes], None] = OrderedDict()
@@ -63,8 +64,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         id_ = given if _OUR_ID.fullmatch(given) else new_id()
         scope[REQUEST_ID] = id_
-        scope[MAX_NESTING] = self._settings.limits.max_nesting
-        scope[MAX_BODY] = self._settings.limits.max_body_bytes
+        scope[LIMITS] = self._settings.limits
         id_header = (b"x-request-id", id_.encode())
 
         async def send_with_id(message: Message) -> None:
@@ -77,8 +77,11 @@ class Guard:
         except ApiError as error:
             await error_response(error, id_)(scope, receive, send_with_id)
             return
-        body = LimitedBody(receive, self._settings.limits)
-        await self._app(scope, body.receive, send_with_id)
+        body = scope[HELD] = LimitedBody(receive, self._settings.limits, self._held)
+        try:
+            await self._app(scope, body.receive, send_with_id)
+        finally:
+            body.release()
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         limits = self._settings.limits
@@ -175,12 +178,29 @@ class Buckets:
         return 0.0 if tokens >= 1 else (1 - tokens) / self._rate.requests_per_second
 
 
+class HeldBytes:
+    """Bytes of all bodies that are here and not yet prepared."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.now = 0
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for so many more; one body alone always has it."""
+        if self.now and self.now + size > self._limit:
+            return False
+        self.now += size
+        return True
+
+
 class LimitedBody:
     """A request's body as it arrives, up to a size and a time."""
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
+    def __init__(self, receive: Receive, limits: Limits, held: HeldBytes) -> None:
         self._receive = receive
         self._limits = limits
+        self._held = held
+        self._num_held = 0
         self._size = 0
         self._deadline: float | None = None
         self._complete = False
@@ -196,64 +216,20 @@ class LimitedBody:
         except TimeoutError:
             raise ApiError(408, "the body did not arrive in time", headers=_CLOSE) from None
         if message["type"] == "http.request":
-            self._size += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self._size += size
             self._complete = not message.get("more_body", False)
             if self._size > self._limits.max_body_bytes:
                 raise _too_large(self._limits)
+            if not self._held.take(size):
+                raise overloaded("too many large bodies are arriving", _CLOSE)
+            self._num_held += size
         return message
 
-
-class JsonRequest(Request):
-    """A request whose JSON body is parsed by orjson and is not nested too deeply.
-
-    A body may come compressed by gzip; the limit of its size holds for what it unpacks to.
-    """
-
-    async def json(self) -> object:
-        body = unpacked(
-            await self.body(),
-            self.headers.get("content-encoding", "identity"),
-            self.scope[MAX_BODY],
-        )
-        limit = self.scope[MAX_NESTING]
-        if is_nested(body, limit):
-            raise ApiError(400, f"the body is nested deeper than {limit}")
-        return orjson.loads(body)
-
-
-def unpacked(body: bytes, encoding: str, limit: int) -> bytes:
-    """A body without its content encoding. ApiError for one that is broken, too large, unknown."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return body
-    if encoding not in ("gzip", "x-gzip"):
-        raise ApiError(415, "content-encoding: only gzip and identity are supported")
-    unzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    try:
-        found = unzip.decompress(body, limit + 1)
-    except zlib.error:
-        raise ApiError(400, "the body is not what gzip makes") from None
-    if len(found) > limit:
-        raise ApiError(413, f"the body unpacks to more than {limit} bytes", headers=_CLOSE)
-    if not unzip.eof or unzip.unused_data:
-        raise ApiError(400, "the body is not what gzip makes")
-    return found
-
-
-def is_nested(body: bytes, limit: int) -> bool:
-    """Whether brackets and braces, outside strings, stand more than ``limit`` deep."""
-    if body.count(b"[") + body.count(b"{") <= limit:
-        return False
-    depth = 0
-    for match in _BRACKETS.finditer(body):
-        char = match[0][:1]
-        if char in b"[{":
-            depth += 1
-            if depth > limit:
-                return True
-        elif char in b"]}":
-            depth -= 1
-    return False
+    def release(self) -> None:
+        """The body is needed no more."""
+        self._held.now -= self._num_held
+        self._num_held = 0
 
 
 def _too_large(limits: Limits) -> ApiError:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,30 +17,13 @@ from eaglerun.server.fields import EFFORTS
 from eaglerun.server.parsers.reasoning import THINK_CLOSE, THINK_OPEN, Start
 from eaglerun.server.parsers.tags import MARKER
 from eaglerun.server.parsers.tools import TOOL_BLOCK
+from eaglerun.server.prepared import Prompt, Reduced
 from eaglerun.server.protocol import AssistantMessage, Message, ToolCall
 from eaglerun.server.settings import Limits, SamplingDefaults, Settings
 from eaglerun.server.template import ChatTemplate
 from eaglerun.server.vocabulary import Vocabulary
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt, ready for the engine.
-
-    start   what the answer begins with
-    forced  text at its end that belongs to the answer
-    tails   the ways to go on with the forced text, one for each tool: its text and token ids
-    """
-
-    token_ids: tuple[int, ...]
-    start: Start = Start.TURN
-    forced: str = ""
-    tails: tuple[tuple[str, tuple[int, ...]], ...] = ()
-
-    def with_tail(self, text: str, token_ids: tuple[int, ...]) -> "Prompt":
-        return Prompt(self.token_ids + token_ids, self.start, self.forced + text)
 
 
 class Chat:
@@ -56,8 +38,10 @@ class Chat:
         vocabulary: Vocabulary,
         template: ChatTemplate | None,
         limits: Limits,
+        max_model_len: int | None = None,
     ) -> None:
         self.vocabulary = vocabulary
+        self._max_model_len = max_model_len
         self._template = template
         self._limits = limits
         self._threads = _threads()
@@ -89,41 +73,57 @@ class Chat:
             mark = new_id()
             start = _mark_end(turns[-1], mark)
 
-        def work() -> Prompt:
-            text = self._render(
-                turns,
-                tools,
-                field,
-                add_generation_prompt=add_generation_prompt and not mark,
-                **template_kwargs,
-            )
-            if mark:
-                text, found, _ = text.rpartition(mark)
-                if not found:
-                    raise refuse(
-                        "continue_final_message", "the chat template leaves the final message out"
-                    )
-            return self._prompt(text, forced, start)
+        return await self._prepare_prompt(
+            turns,
+            tools or None,
+            tuple(forced),
+            add_generation_prompt and not mark,
+            template_kwargs,
+            field,
+            mark,
+            start,
+        )
 
-        return await self._run(work)
+    async def _prepare_prompt(self, *conversation: Any) -> Prompt:
+        return await self._run(lambda: self.render(*conversation))
 
-    def _render(
+    def render(
         self,
-        turns: list[dict[str, Any]],
+        turns: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
-        field: str,
-        *,
+        forced: Sequence[str],
         add_generation_prompt: bool,
-        **template_kwargs: object,
+        template_kwargs: Mapping[str, object],
+        field: str = "messages",
+        mark: str = "",
+        start: Start | None = None,
+    ) -> Prompt:
+        """The prompt of a conversation, here and now; up to the mark, if there is one."""
+        text = self._text(turns, tools, add_generation_prompt, template_kwargs, field)
+        if mark:
+            text, found, _ = text.rpartition(mark)
+            if not found:
+                raise refuse(
+                    "continue_final_message", "the chat template leaves the final message out"
+                )
+        return self._prompt(text, forced, start, field)
+
+    def _text(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        template_kwargs: Mapping[str, object],
+        field: str,
     ) -> str:
         template = self._template
         if template is None:
             raise refuse(field, "the model has no chat template")
 
-        def render(messages: list[dict[str, Any]]) -> str:
+        def render(messages: Sequence[Mapping[str, Any]]) -> str:
             return template.render(
                 messages,
-                tools or None,
+                tools,
                 self._limits.max_prompt_chars,
                 add_generation_prompt=add_generation_prompt,
                 **template_kwargs,
@@ -135,7 +135,7 @@ class Chat:
             except ApiError:
                 # Arguments that are no object are text, which some templates cannot write.
                 changed = [_with_objects(turn) for turn in turns]
-                if changed == turns:
+                if changed == list(turns):
                     raise
                 return render(changed)
         except ApiError as error:
@@ -143,16 +143,39 @@ class Chat:
 
     async def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
         """Plain texts as token ids."""
+        return await self._run(lambda: self.encode_all(texts, add_special_tokens))
+
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
+        """Plain texts as token ids, here and now."""
         if sum(map(len, texts)) > self._limits.max_prompt_chars:
             raise refuse("prompt", f"longer than {self._limits.max_prompt_chars} characters")
-        return await self._run(
-            lambda: [self.vocabulary.encode(text, add_special_tokens) for text in texts]
-        )
+        for text in texts:
+            self._check_length(text, "prompt")
+        return [self.vocabulary.encode(text, add_special_tokens) for text in texts]
 
     async def decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
         return await self._run(lambda: self.vocabulary.decode(ids, skip_special_tokens))
 
-    def _prompt(self, text: str, forced: Sequence[str], start: Start | None) -> Prompt:
+    async def prepare_body(self, path: str, content: bytes) -> Reduced | bytes | None:
+        """A large body with its prompt prepared, or the whole answer to it; None: it is to be
+        parsed like any other."""
+        return None
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse, before it is tokenised, a text that no number of tokens allowed could hold."""
+        longest, limit = self.vocabulary.longest_bytes, self._max_model_len
+        if longest is None or limit is None or len(text) <= limit:
+            return
+        size = len(text.encode(errors="replace"))
+        if size > limit * longest:
+            raise refuse(
+                param,
+                f"{size} bytes of text exceed the model's length of {limit} tokens",
+                "context_length_exceeded",
+            )
+
+    def _prompt(self, text: str, forced: Sequence[str], start: Start | None, field: str) -> Prompt:
+        self._check_length(text, field)
         if start is None:
             start = Start.REASONING if text.endswith(THINK_OPEN) else Start.TURN
         if not forced:
@@ -251,7 +274,7 @@ def _arguments(text: str) -> dict[str, Any] | str:
     return found if isinstance(found, dict) else text
 
 
-def _with_objects(turn: dict[str, Any]) -> dict[str, Any]:
+def _with_objects(turn: Mapping[str, Any]) -> Mapping[str, Any]:
     """A turn whose calls all have objects as arguments; text is one under "$text"."""
     calls = [call["function"] for call in turn.get("tool_calls", ())]
     if all(isinstance(function["arguments"], dict) for function in calls):
@@ -262,7 +285,7 @@ def _with_objects(turn: dict[str, Any]) -> dict[str, Any]:
         if isinstance(function["arguments"], str):
             function = function | {"arguments": {"$text": function["arguments"]}}
         changed.append(call | {"function": function})
-    return turn | {"tool_calls": changed}
+    return {**turn, "tool_calls": changed}
 
 
 def _mark_end(turn: dict[str, Any], mark: str) -> Start:
@@ -283,23 +306,38 @@ def _tool_calls(message: Message) -> list[ToolCall]:
     return calls or []
 
 
-def load_chat(path: Path, limits: Limits, template_file: Path | None = None) -> Chat:
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The tokenizer of a checkpoint's directory. CheckpointError where it is missing or broken."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: the server needs a tokenizer")
+    try:
+        return Vocabulary(Tokenizer.from_file(str(file)))
+    except Exception as error:
+        # The library raises nothing more exact.
+        raise CheckpointError(f"{file} is not a tokenizer: {error}") from error
+
+
+def load_chat(
+    path: Path,
+    limits: Limits,
+    template_file: Path | None = None,
+    max_model_len: int | None = None,
+    kind: type[Chat] = Chat,
+) -> Chat:
     """Tokenizer and template of a checkpoint's directory.
 
     ``template_file`` takes the place of the checkpoint's template. Raises CheckpointError where a
     file is missing or broken; a checkpoint without a template can still complete text.
     """
-    tokenizer_file = path / "tokenizer.json"
-    if not tokenizer_file.is_file():
-        raise CheckpointError(f"{tokenizer_file} is missing: the server needs a tokenizer")
-    vocabulary = Vocabulary(Tokenizer.from_file(str(tokenizer_file)))
+    vocabulary = load_vocabulary(path)
     template = read_template(path, template_file)
     if template is None:
-        return Chat(vocabulary, None, limits)
+        return kind(vocabulary, None, limits, max_model_len)
     compiled = ChatTemplate(
         template.source, template.special_tokens, limits.template_seconds, template.tool_source
     )
-    return Chat(vocabulary, compiled, limits)
+    return kind(vocabulary, compiled, limits, max_model_len)
 
 
 def load_sampling(path: Path) -> SamplingDefaults:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER = {"retry-after": "1"}
 REQUEST_ID = "eaglerun.request_id"
+# What an error body repeats of a request, in characters.
+MAX_MESSAGE, MAX_PARAM, MAX_STEP = 1024, 256, 64
 BROKEN = "the server failed to answer; its log has the details under this request id"
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -38,19 +40,25 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, dict(headers) if headers else None)
-        self.param = param
+        super().__init__(
+            status, shortened(message, MAX_MESSAGE), dict(headers) if headers else None
+        )
+        self.param = None if param is None else shortened(param, MAX_PARAM)
         self.code = code
+
+
+def shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def refuse(param: str, message: str, code: str | None = None) -> ApiError:
     """A 400 about one field."""
-    return ApiError(400, f"{param}: {message}", param, code)
+    return ApiError(400, f"{shortened(param, MAX_PARAM)}: {message}", param, code)
 
 
-def overloaded(message: str) -> ApiError:
+def overloaded(message: str, headers: Mapping[str, str] | None = None) -> ApiError:
     """A 503 that is worth another try."""
-    return ApiError(503, message, code="overloaded", headers=RETRY_AFTER)
+    return ApiError(503, message, code="overloaded", headers={**RETRY_AFTER, **(headers or {})})
 
 
 def new_id() -> str:
@@ -117,7 +125,7 @@ def install_handlers(app: FastAPI) -> None:
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return error_response(
-            _validation_error(error.errors(), error.body), request_id(request.scope)
+            validation_error(error.errors(), error.body), request_id(request.scope)
         )
 
     async def on_bug(request: Request, error: Exception) -> Response:
@@ -139,7 +147,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
-def _validation_error(errors: Sequence[Any], body: Any) -> ApiError:
+def validation_error(errors: Sequence[Any], body: Any) -> ApiError:
     """The first field that is wrong, with everything that is said about it."""
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
@@ -168,6 +176,6 @@ def _path(loc: Sequence[str | int], kind: str, body: Any) -> str | None:
             path += f"[{step}]"
             value = value[step]
         elif isinstance(step, str) and (missing or (isinstance(value, dict) and step in value)):
-            path += f".{step}" if path else step
+            path += f".{shortened(step, MAX_STEP)}" if path else shortened(step, MAX_STEP)
             value = value[step] if not missing else None
     return path or (str(loc[1]) if loc[0] in ("query", "path") and len(loc) > 1 else None)

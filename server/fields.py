@@ -205,6 +205,26 @@ Prompts = Annotated[
     ),
 ]
 
+# OpenAI's own limits.
+MAX_METADATA = 16
+
+
+def _few(value: object) -> object:
+    if isinstance(value, Mapping) and len(value) > MAX_METADATA:
+        raise unsupported(f"{len(value)} pairs given, allowed {MAX_METADATA}")
+    return value
+
+
+# OpenAI takes texts alone; others send numbers too.
+_MetadataValue = Annotated[str, Field(max_length=512)] | Int | float | bool | None
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], _MetadataValue],
+    Field(max_length=MAX_METADATA),
+    BeforeValidator(_few),
+]
+# Whoever asks, in the client's words; the log repeats it.
+User = Annotated[str, Field(max_length=512)]
+
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
 
 

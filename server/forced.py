@@ -8,10 +8,10 @@ token for each parting.
 from dataclasses import replace
 
 from eaglerun.messages import Failed, Request, SamplingParams, Tokens
-from eaglerun.server.chat import Prompt
 from eaglerun.server.client import EngineClient
 from eaglerun.server.failures import RETRY_AFTER, ApiError
 from eaglerun.server.fields import MAX_BIAS
+from eaglerun.server.prepared import Prompt
 
 
 async def with_chosen_tool(client: EngineClient, prompt: Prompt, request: Request) -> Prompt:

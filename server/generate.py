@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from msgspec import structs
+
 from eaglerun.errors import RequestError
 from eaglerun.messages import Request, SamplingParams
-from eaglerun.server.chat import Chat, Prompt, template_values
+from eaglerun.server import answers
+from eaglerun.server.chat import Chat, template_values
 from eaglerun.server.chat_answer import ChatBody, ChatOptions, ChatStream
 from eaglerun.server.client import EngineClient
 from eaglerun.server.completion_answer import (
@@ -22,11 +25,14 @@ from eaglerun.server.failures import RETRY_AFTER, ApiError, new_id, refuse
 from eaglerun.server.forced import with_chosen_tool
 from eaglerun.server.parsers.output import OutputParser
 from eaglerun.server.parsers.schema import JsonSchema
+from eaglerun.server.prepared import PREPARED, Prompt
 from eaglerun.server.protocol import (
     ChatCompletionRequest,
     ChatFields,
     CompletionRequest,
+    DetokenizeRequest,
     Generation,
+    TokenizeRequest,
 )
 from eaglerun.server.responses_answer import ResponsesBody, ResponsesStream
 from eaglerun.server.responses_protocol import ResponsesRequest
@@ -295,7 +301,7 @@ async def _request(
     """The engine's request, and the prompt with the tool that it calls, if it is forced to."""
     longest = max((len(ids) for _, ids in prompt.tails), default=0)
     token_ids = _truncated(backend, body, prompt.token_ids, sampling)
-    prompt = replace(prompt, token_ids=token_ids)
+    prompt = structs.replace(prompt, token_ids=token_ids)
     request = _checked(backend, body, id_, token_ids, sampling, names, longest)
     if prompt.tails:
         with _named(names):
@@ -421,6 +427,9 @@ async def _tokenised(
     backend: Backend, body: CompletionRequest
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Text and ids of every prompt; of prompts given as ids the text only if it is echoed."""
+    prepared = PREPARED.get()
+    if prepared is not None and prepared.prompts is not None:
+        return prepared.prompts
     chat, limit = backend.chat, backend.client.status().max_model_len
     texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
     if texts:
@@ -429,11 +438,52 @@ async def _tokenised(
     found = []
     for prompt in body.prompts:
         assert not isinstance(prompt, str)
-        if any(id_ >= chat.vocabulary.size for id_ in prompt[:limit]):
+        if max(prompt[:limit], default=-1) >= chat.vocabulary.size:
             raise refuse("prompt", f"token ids must be below {chat.vocabulary.size}")
         text = await chat.decode(prompt[:limit], True) if body.echo else ""
         found.append((text, prompt))
     return found
+
+
+async def tokenize(backend: Backend, body: TokenizeRequest) -> answers.Tokenized:
+    """POST /tokenize."""
+    chat = backend.chat
+    backend.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise refuse("prompt", "give either a prompt or messages")
+    if body.messages is not None:
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        prompt = await chat.prompt(
+            body.messages,
+            tools,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            template_kwargs=template_values(body.chat_template_kwargs, backend.settings),
+        )
+        ids = prompt.token_ids
+    else:
+        [ids] = await chat.encode([body.prompt or ""], body.add_special_tokens is not False)
+    pieces = chat.vocabulary.piece_text
+    return answers.Tokenized(
+        count=len(ids),
+        max_model_len=backend.client.status().max_model_len,
+        tokens=list(ids),
+        token_strs=[pieces(id_) for id_ in ids] if body.return_token_strs else None,
+    )
+
+
+async def detokenize(backend: Backend, body: DetokenizeRequest) -> answers.Detokenized:
+    """POST /detokenize."""
+    chat = backend.chat
+    backend.check_model(body.model)
+    limit = backend.client.status().max_model_len
+    if len(body.tokens) > limit:
+        raise refuse("tokens", f"{len(body.tokens)} given, the model's length is {limit}")
+    if max(body.tokens, default=-1) >= chat.vocabulary.size:
+        raise refuse("tokens", f"ids must be below {chat.vocabulary.size}")
+    return answers.Detokenized(
+        prompt=await chat.decode(tuple(body.tokens), body.skip_special_tokens)
+    )
 
 
 def _include_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:

@@ -8,6 +8,7 @@ where the operator named that proxy.
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from eaglerun.errors import ConfigError
@@ -34,18 +35,18 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """The hosts that a server answers to: ``names``, and loopback's. None in ``names``: any."""
+    """The hosts that a server answers to: ``names``, and loopback's. None for ``names``: any."""
 
-    def __init__(self, names: tuple[str, ...] | None) -> None:
-        self._names = None if names is None else frozenset(names)
-        self._ends = tuple(name[1:] for name in names or () if name.startswith("*."))
+    names: tuple[str, ...] | None
 
     def __contains__(self, header: str) -> bool:
-        if self._names is None:
+        if self.names is None:
             return True
         host = host_of(header)
-        return host in self._names or is_loopback(host) or host.endswith(self._ends)
+        ends = tuple(name[1:] for name in self.names if name.startswith("*."))
+        return host in self.names or is_loopback(host) or host.endswith(ends)
 
 
 def allowed_hosts(given: tuple[str, ...], loopback_only: bool, has_keys: bool) -> AllowedHosts:

@@ -35,6 +35,23 @@ def frame(content: bytes) -> bytes:
     return len(content).to_bytes(LENGTH_BYTES, "little") + content
 
 
+def read_frame(link: socket.socket) -> bytearray | None:
+    """The next frame's content; None at the other end's end. For a socket that blocks."""
+    length = _read_exactly(link, LENGTH_BYTES)
+    return None if length is None else _read_exactly(link, int.from_bytes(length, "little"))
+
+
+def _read_exactly(link: socket.socket, size: int) -> bytearray | None:
+    content = bytearray(size)
+    view, at = memoryview(content), 0
+    while at < size:
+        got = link.recv_into(view[at:])
+        if not got:
+            return None
+        at += got
+    return content
+
+
 class Frames:
     """Bytes as they arrive, taken out as whole frames."""
 

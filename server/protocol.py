@@ -22,6 +22,7 @@ from eaglerun.server.fields import (
     Factor,
     Int,
     LogitBias,
+    Metadata,
     NotStrict,
     NumLogprobs,
     Penalty,
@@ -35,6 +36,7 @@ from eaglerun.server.fields import (
     TextContent,
     TokenIds,
     ToolName,
+    User,
     neutral,
     unsupported,
 )
@@ -106,8 +108,8 @@ class Generation(Strict):
     speculation: Speculation = Speculation()
     truncate_prompt_tokens: Annotated[Int, Field(json_schema_extra={"minimum": -1})] | None = None
     # No effect by their meaning: who asks, and what others keep or charge.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    user: User | None = None
+    metadata: Metadata | None = None
     store: Bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None

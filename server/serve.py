@@ -28,7 +28,7 @@ from eaglerun.config import Config, OutputConfig, ServerConfig
 from eaglerun.errors import ConfigError
 from eaglerun.server import wire
 from eaglerun.server.app import create_app
-from eaglerun.server.chat import Chat, load_chat, load_sampling
+from eaglerun.server.chat import Chat, load_sampling, load_vocabulary
 from eaglerun.server.hosts import AllowedHosts, allowed_hosts, is_loopback, trusted_proxies
 from eaglerun.server.http_limits import (
     Connections,
@@ -41,6 +41,9 @@ from eaglerun.server.logs import configure_logging
 from eaglerun.server.metrics import Exposition, RequestMetrics, metrics_route
 from eaglerun.server.monitor import Monitor
 from eaglerun.server.page import OPEN_PATHS, page_routes
+from eaglerun.server.prepare import Preparation, PreparedChat, Source
+from eaglerun.server.prepare_jobs import Load
+from eaglerun.server.prepare_process import for_workers
 from eaglerun.server.process_client import ProcessClient
 from eaglerun.server.settings import Limits, RateLimit, Settings
 from eaglerun.server.stream import BODY_SEND
@@ -66,10 +69,16 @@ def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
     check_files(config.server)
     hosts_of(config.server)
     proxies_of(config.server)
-    listener = bind(config.server)
-    log.info("eaglerun %s with\n%s", __version__, config.to_toml())
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(config, engine, listener))
+    # Before there is an event loop or a thread, which a fork would leave half copied, and before
+    # there is a file that it should not hold.
+    source = Source.fork()
+    try:
+        listener = bind(config.server)
+        log.info("eaglerun %s with\n%s", __version__, config.to_toml())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_run(config, engine, listener, source))
+    finally:
+        source.end()
 
 
 def _without_second_log(config: Config) -> Config:
@@ -173,8 +182,10 @@ def settings_of(config: Config, ready: wire.Ready, checkpoint: Path) -> Settings
     )
 
 
-async def _run(config: Config, engine: Sequence[str], listener: socket.socket) -> int:
-    return await _HttpProcess(config, engine, listener).run()
+async def _run(
+    config: Config, engine: Sequence[str], listener: socket.socket, source: Source
+) -> int:
+    return await _HttpProcess(config, engine, listener, source).run()
 
 
 class Front:
@@ -243,8 +254,11 @@ class _Server(uvicorn.Server):
 class _HttpProcess:
     """One run; made inside its event loop."""
 
-    def __init__(self, config: Config, engine: Sequence[str], listener: socket.socket) -> None:
+    def __init__(
+        self, config: Config, engine: Sequence[str], listener: socket.socket, source: Source
+    ) -> None:
         self._config = config
+        self._source = source
         self._listener = listener
         self._metrics = RequestMetrics()
         self._front = Front(self._metrics.http)
@@ -309,11 +323,19 @@ class _HttpProcess:
         if ready.path is None:
             raise ConfigError(f"{ready.model_name} has no directory, and so no tokenizer")
         settings = settings_of(self._config, ready, ready.path)
-        template = self._config.server.chat_template
-        # In a thread, for /health is asked meanwhile.
-        chat = await asyncio.to_thread(
-            load_chat, ready.path, settings.limits, None if template is None else Path(template)
+        await self._source.load(
+            Load(
+                path=str(ready.path),
+                template_file=self._config.server.chat_template,
+                settings=for_workers(settings),
+                max_model_len=ready.max_model_len,
+                num_draft_tokens=ready.num_draft_tokens,
+            )
         )
+        # In a thread, for /health is asked meanwhile.
+        vocabulary = await asyncio.to_thread(load_vocabulary, ready.path)
+        preparation = Preparation(self._source, settings.limits)
+        chat = PreparedChat(vocabulary, preparation, settings.limits)
         client, name = self._client, ready.model_name
 
         def totals() -> wire.Totals:

@@ -16,8 +16,15 @@ class Limits:
     max_nesting        brackets and braces inside each other in a body
     max_prompt_chars   of all prompts of a request, after the chat template
     max_prompts        prompts of one completions request
-    max_preparing      requests being rendered and tokenised at once; more are refused
+    max_preparing      requests being rendered and tokenised at once; more are refused, and so
+                       are more than max_preparing_bytes of them
     template_seconds   time one rendering of the chat template may take
+    max_values         numbers, strings, lists and objects of a body, in all
+    max_containers     of those, lists and objects
+    max_rest_bytes     a large body without its prompt; max_rest_values likewise
+    max_held_bytes     of all bodies that arrive or are being prepared
+    prepare_seconds    time one preparation may take, template included; prepare_memory_bytes
+                       likewise
     """
 
     max_body_bytes: int = 16 * MIB
@@ -32,6 +39,14 @@ class Limits:
     max_tools: int = 256
     max_preparing: int = 512
     template_seconds: float = 2.0
+    max_preparing_bytes: int = 64 * MIB
+    max_values: int = 1 << 21
+    max_containers: int = 1 << 16
+    max_rest_bytes: int = MIB
+    max_rest_values: int = 20_000
+    max_held_bytes: int = 256 * MIB
+    prepare_seconds: float = 20.0
+    prepare_memory_bytes: int = 2048 * MIB
 
 
 @dataclass(frozen=True, slots=True)

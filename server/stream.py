@@ -80,7 +80,7 @@ class Answer(Response):
     ) -> None:
         super().__init__()
         self._client = client
-        self._requests = requests
+        self.requests = requests
         self._writer = writer
         self._names = names
 
@@ -102,7 +102,7 @@ class Answer(Response):
 
     async def _run(self, reply: "_Reply", watch: "DisconnectWatch") -> None:
         writer = self._writer
-        left = sum(request.sampling.n for request in self._requests)
+        left = sum(request.sampling.n for request in self.requests)
         events = await self._submit()
         try:
             async for event in events:
@@ -135,11 +135,11 @@ class Answer(Response):
         raise ApiError(503, event.message, headers=RETRY_AFTER)
 
     async def _submit(self) -> Events:
-        if len(self._requests) == 1:
-            return await self._client.submit(self._requests[0])
+        if len(self.requests) == 1:
+            return await self._client.submit(self.requests[0])
         opened: list[Events] = []
         try:
-            for request in self._requests:
+            for request in self.requests:
                 opened.append(await self._client.submit(request))
         except BaseException:
             for events in opened:

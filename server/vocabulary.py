@@ -1,5 +1,7 @@
 """Text to token ids and back, and what each token is by itself."""
 
+from functools import cached_property
+
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -16,6 +18,19 @@ class Vocabulary:
         # A byte-level token is spelled in an alphabet of 256 characters, one for each byte.
         byte_level = "ByteLevel" in repr(tokenizer.decoder)
         self._bytes = _byte_alphabet() if byte_level else None
+
+    @cached_property
+    def longest_bytes(self) -> int | None:
+        """No token stands for more bytes of text; None: that cannot be told."""
+        tokenizer = self._tokenizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        # Normalizers, and tokens that take the blanks beside them, make text shorter; and only
+        # byte-level tokens are spelled without one for all that is unknown.
+        if self._bytes is None or tokenizer.normalizer is not None:
+            return None
+        if any(token.lstrip or token.rstrip for token in added):
+            return None
+        return max(map(len, tokenizer.get_vocab()), default=None)
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         # encode() keeps the interpreter lock, and with it every stream, for seconds on a long

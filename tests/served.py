@@ -139,7 +139,7 @@ class Http:
     async def ask(
         self, path: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
-        """POST with a body, else GET."""
+        """POST with a body (bytes: as they are), else GET."""
         reader, writer = await self.send(path, body, headers)
         head = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
         found = dict(line.lower().split(": ", 1) for line in head[1:-1])
@@ -151,7 +151,9 @@ class Http:
         """A request whose answer is not waited for."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         self.writers.append(writer)
-        content = b"" if body is None else json.dumps(body).encode()
+        content = b"" if body is None else body
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
         lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", f"host: {self.host}"]
         lines += ["content-type: application/json", f"content-length: {len(content)}"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]

@@ -9,7 +9,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from eaglerun.server.app import create_app
-from eaglerun.server.auth import MAX_BUCKETS, Buckets, is_nested
+from eaglerun.server.auth import MAX_BUCKETS, Buckets
+from eaglerun.server.bodies import is_nested
 from eaglerun.server.chat import Chat
 from eaglerun.server.settings import Limits, RateLimit, Settings
 from eaglerun.server.vocabulary import Vocabulary

@@ -71,7 +71,7 @@ def test_compressed_bodies_that_are_refused(body, encoding, status, words):
 
 
 def test_a_compressed_body_has_the_limit_of_a_plain_one():
-    body = json.dumps(BODY | {"user": "x" * 100_000}).encode()
+    body = json.dumps(BODY).encode() + b" " * 100_000
     packed = gzip.compress(body)
     assert sent(packed, "gzip", max_body_bytes=len(body)).status == 200
     reply = sent(packed, "gzip", max_body_bytes=len(body) - 1)
