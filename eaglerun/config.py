@@ -291,6 +291,18 @@ class ServerConfig(Checked):
     allow_no_api_key: bool = option(
         False, "listen on other than loopback addresses even without an api_key"
     )
+    allow_priority: str | None = option(
+        None,
+        "keys whose requests may set priority, separated by commas; all: every client's; none: "
+        "nobody's",
+        secret=True,
+    )
+    prefix_cache_scope: str = option(
+        "key",
+        "who shares cached prompts: requests of the same api_key, or all of them, which lets one "
+        "client learn by time and by cached_tokens what another asked",
+        choices=("key", "all"),
+    )
     ssl_certfile: str | None = option(None, "TLS certificate chain (PEM); none: plain HTTP")
     ssl_keyfile: str | None = option(None, "TLS key (PEM); none: in ssl_certfile")
     cors_origins: str | None = option(
@@ -324,10 +336,10 @@ class ServerConfig(Checked):
         "thinking_mode", "names that requests may set in chat_template_kwargs, by commas"
     )
     max_queued_requests: int = option(
-        1024, "requests without their first token; more are refused with 503", low=1
+        1024, "answers without their first token; more are refused with 503", low=1
     )
     max_queued_tokens: int = option(
-        4_194_304, "prompt tokens of those; a lone request may exceed it", low=1
+        4_194_304, "prompt tokens of requests that wait; a lone one may exceed it", low=1
     )
     queue_timeout: float = option(
         600.0, "seconds a request may wait for its first token; then it is refused", low=0.001

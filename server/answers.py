@@ -203,11 +203,14 @@ class Detokenized(BaseModel):
     prompt: str
 
 
-EngineState = Literal["ready", "loading", "hung", "dead"]
+EngineState = Literal["ready", "loading", "hung", "dead", "draining", "broken"]
 
 
 class Readiness(BaseModel):
+    """``reason``: why it is not ready."""
+
     status: EngineState
+    reason: str | None = None
     num_running: int
     num_waiting: int
 

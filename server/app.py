@@ -15,7 +15,7 @@ from eaglerun.server import answers
 from eaglerun.server.auth import Guard
 from eaglerun.server.bodies import json_route
 from eaglerun.server.chat import Chat
-from eaglerun.server.client import EngineClient
+from eaglerun.server.client import EngineClient, EngineStatus
 from eaglerun.server.failures import ApiError, install_handlers
 from eaglerun.server.generate import (
     Backend,
@@ -158,6 +158,19 @@ def _models(backend: Backend) -> APIRouter:
     return router
 
 
+def _readiness(status: EngineStatus) -> tuple[answers.EngineState, str | None]:
+    """A word for the engine's state, and why it is not ready."""
+    if not status.alive:
+        return "dead", "the engine's process has ended"
+    if status.hung:
+        return "hung", f"requests are open and no step came for {status.last_step_age_s:.1f} s"
+    if status.draining:
+        return "draining", "the server is shutting down"
+    if not status.ready:
+        return "loading", f"the model is loading: {status.stage}"
+    return "ready", None
+
+
 def _health(backend: Backend) -> APIRouter:
     router = _router(backend)
     client = backend.client
@@ -173,17 +186,14 @@ def _health(backend: Backend) -> APIRouter:
     async def ready(response: Response) -> answers.Readiness:
         """200 while requests would be answered: steps advance, or there is nothing to do."""
         status = client.status()
-        state: answers.EngineState = "ready"
-        if not status.alive:
-            state = "dead"
-        elif status.hung:
-            state = "hung"
-        elif not status.ready:
-            state = "loading"
+        state, reason = _readiness(status)
         if state != "ready":
             response.status_code = 503
         return answers.Readiness(
-            status=state, num_running=status.num_running, num_waiting=status.num_waiting
+            status=state,
+            reason=reason,
+            num_running=status.num_running,
+            num_waiting=status.num_waiting,
         )
 
     @router.get("/version")

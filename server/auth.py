@@ -24,6 +24,7 @@ from eaglerun.server.failures import (
     overloaded,
 )
 from eaglerun.server.http_limits import network_of
+from eaglerun.server.identity import CLIENT, Client
 from eaglerun.server.settings import Limits, RateLimit, Settings
 
 # Clients whose buckets are remembered; the one seen longest ago is forgotten first.
@@ -49,6 +50,8 @@ class Guard:
         self._app = app
         self._settings = settings
         self._keys = tuple(_digest(key) for key in settings.api_keys)
+        self._priority_keys = frozenset(_digest(key) for key in settings.priority_keys)
+        self._all_prioritise = "all" in settings.priority_keys
         rate = settings.rate_limit
         self._buckets = None if rate is None else Buckets(rate, clock)
         self._held = HeldBytes(settings.limits.max_held_bytes)
@@ -96,9 +99,10 @@ class Guard:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size > limits.max_header_bytes:
             raise ApiError(431, f"the headers exceed {limits.max_header_bytes} bytes")
-        client = self._client(scope, headers)
+        address, digest = self._client(scope, headers)
+        CLIENT.set(self._identity(digest))
         if self._buckets is not None and scope["method"] == "POST":
-            wait = self._buckets.take(client)
+            wait = self._buckets.take(address if digest is None else digest.hex())
             if wait > 0:
                 raise ApiError(
                     429,
@@ -110,16 +114,23 @@ class Guard:
         if length.isdecimal() and len(length) < 20 and int(length) > limits.max_body_bytes:
             raise _too_large(limits)
 
-    def _client(self, scope: Scope, headers: Headers) -> str:
-        """Who asks: the digest of a valid key, or an address. ApiError without a valid key."""
+    def _client(self, scope: Scope, headers: Headers) -> tuple[str, bytes | None]:
+        """Who asks: an address, and the digest of a valid key where one is wanted. ApiError without
+        a valid key."""
         address = network_of(str((scope.get("client") or ("",))[0]))
         if not self._keys or scope["path"] in self._settings.open_paths:
-            return address
+            return address, None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip())
         if (address, digest) not in self._seen:
             self._check_key(address, scheme.lower(), digest)
-        return digest.hex()
+        return address, digest
+
+    def _identity(self, digest: bytes | None) -> Client:
+        if digest is None:
+            return Client("", self._all_prioritise)
+        salt = digest.hex() if self._settings.prefix_cache_by_key else ""
+        return Client(salt, self._all_prioritise or digest in self._priority_keys)
 
     def _check_key(self, address: str, scheme: str, digest: bytes) -> None:
         wait = self._wrong_keys.wait(address)

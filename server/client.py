@@ -36,6 +36,8 @@ class EngineStatus:
 
     ready            it has loaded and takes requests; False again while the server drains
     alive            its process lives
+    draining         the server takes no more requests and ends
+    stage            what it last did to load
     hung             requests are open and no step came for longer than allowed
     last_step_age_s  since the last step (since it was ready, before the first)
     kv_usage         share of the KV blocks that running sequences hold, 0 to 1
@@ -52,6 +54,8 @@ class EngineStatus:
     max_model_len: int
     num_draft_tokens: int
     config_toml: str
+    draining: bool = False
+    stage: str = ""
 
 
 class EngineClient(Protocol):

@@ -6,7 +6,6 @@ however it ends, so does this one.
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ from eaglerun.config import Config
 from eaglerun.errors import CapacityError, CheckpointError, ConfigError, RequestError
 from eaglerun.messages import Event, Failed, Finished, Request, Tokens
 from eaglerun.server import wire
-from eaglerun.server.link import Hangup, HttpLink
+from eaglerun.server.link import BadFrame, Hangup, HttpLink
 from eaglerun.server.logs import configure_logging
 from eaglerun.server.wire import Totals
 from eaglerun.speculative.stats import EngineStats
@@ -28,7 +27,7 @@ from eaglerun.speculative.stats import EngineStats
 log = logging.getLogger(__name__)
 
 BROKE = "the engine failed"
-NOT_STARTED, HTTP_ENDED = 2, 3
+NOT_STARTED, HTTP_ENDED, BROKEN_LINK = 2, 3, 4
 
 
 class ServedEngine(Protocol):
@@ -82,10 +81,14 @@ def run(make_engine: MakeEngine) -> int:
     # The HTTP process hears Ctrl-C and SIGTERM and decides; here they would cut requests short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    start = wire.decode_start(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_http_process, args=(start,), daemon=True).start()
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
+        # The HTTP process ended before it had said what to do.
+        return HTTP_ENDED
+    start = wire.decode_start(line)
+    threading.Thread(target=_end_with_http_process, daemon=True).start()
     configure_logging(start.config.server.log_level, "EngineCore")
-    link = HttpLink(start.address)
+    link = HttpLink(start.link)
     try:
         try:
             served = make_engine(start.config, lambda stage: link.send(wire.Loading(stage)))
@@ -105,19 +108,20 @@ def run(make_engine: MakeEngine) -> int:
         return 0
     except Hangup:
         return HTTP_ENDED
+    except BadFrame as error:
+        log.error("bad frame from the HTTP process; the engine ends: %s", error)
+        return BROKEN_LINK
     finally:
         link.close()
 
 
-def _end_with_http_process(start: wire.Start) -> NoReturn:
+def _end_with_http_process() -> NoReturn:
     """Wait for the HTTP process to end; then nobody wants anything more, so leave at once.
 
     A thread, so that a step which never returns cannot keep the process.
     """
     while os.read(sys.stdin.fileno(), 1):
         pass
-    # Not there any more, unless it ended before this process had connected.
-    shutil.rmtree(Path(start.address).parent, ignore_errors=True)
     os._exit(HTTP_ENDED)
 
 
@@ -140,7 +144,7 @@ class EngineLoop:
                 self._take_commands()
                 if self._engine.has_work and not self._stopped:
                     self._step()
-        except Hangup:
+        except (Hangup, BadFrame):
             raise
         except Exception:
             log.exception("the engine failed; every open request fails")

@@ -23,6 +23,7 @@ from eaglerun.server.completion_answer import (
 )
 from eaglerun.server.failures import RETRY_AFTER, ApiError, new_id, refuse
 from eaglerun.server.forced import with_chosen_tool
+from eaglerun.server.identity import CLIENT
 from eaglerun.server.parsers.output import OutputParser
 from eaglerun.server.parsers.schema import JsonSchema
 from eaglerun.server.prepared import PREPARED, Prompt
@@ -245,6 +246,8 @@ def _check(backend: Backend, body: Generation) -> None:
     status = backend.client.status()
     if not status.ready:
         raise ApiError(503, "the model is not ready", headers=RETRY_AFTER)
+    if body.priority and not CLIENT.get().may_prioritise:
+        raise refuse("priority", "is not open to this client; the operator may (--allow-priority)")
     wish, most = body.speculation.num_draft_tokens, status.num_draft_tokens
     if wish is not None and wish > most:
         raise refuse("speculation.num_draft_tokens", f"{wish} given, this server drafts {most}")
@@ -337,7 +340,10 @@ def _checked(
         log.info("%s: user %r, prompt %r, %s", id_, body.user, text, sampling)
     else:
         log.debug("%s: user %r, %d prompt tokens", id_, body.user, len(token_ids))
-    return Request(id_, token_ids, sampling, body.priority, body.cache_salt)
+    client = CLIENT.get()
+    # A client's own salt cannot be another's name.
+    salt = f"{client.salt}:{body.cache_salt}" if client.salt else body.cache_salt
+    return Request(id_, token_ids, sampling, body.priority, salt)
 
 
 def _tool_use(

@@ -1,28 +1,29 @@
 """The Unix socket between the two processes: one connection, frames of msgspec bytes both ways.
 
-The HTTP process listens at a file with mode 0600 in a directory that only this user can enter, and
-takes both away when the engine has connected. No thread and no queue stands between a frame and
-its reader: every token passes here, and a hand-over to another thread costs more time than all
+It is a pair of sockets of which the engine's process inherits one end, so it has no name that
+another could connect to or that would be left behind. No thread and no queue stands between a frame
+and its reader: every token passes here, and a hand-over to another thread costs more time than all
 else that is done with it.
 """
 
 import asyncio
 import contextlib
-import shutil
+import logging
 import socket
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
-from eaglerun.errors import ConfigError
+import msgspec
+
 from eaglerun.server import wire
 
-# What the kernel takes as the path of a Unix socket.
-MAX_PATH = 107
+log = logging.getLogger(__name__)
+
 # A frame is its length, in so many bytes with the lowest first, and then that many bytes.
 LENGTH_BYTES = 4
 READ_BYTES = 1 << 18
+# Far more than a step or a request can be; a longer frame is none of ours.
+MAX_FRAME_BYTES = 1 << 29
 # How long the last frames of an engine that has ended may take.
 LAST_FRAMES_S = 1.0
 
@@ -31,14 +32,26 @@ class Hangup(Exception):
     """The process at the other end has ended."""
 
 
+class BadFrame(Exception):
+    """What came is not a frame that the other end would send."""
+
+
 def frame(content: bytes) -> bytes:
     return len(content).to_bytes(LENGTH_BYTES, "little") + content
 
 
+def length_of(head: bytes | bytearray) -> int:
+    """What a frame's first bytes say. BadFrame if that is too long."""
+    length = int.from_bytes(head, "little")
+    if length > MAX_FRAME_BYTES:
+        raise BadFrame(f"a frame of {length} bytes, allowed {MAX_FRAME_BYTES}")
+    return length
+
+
 def read_frame(link: socket.socket) -> bytearray | None:
     """The next frame's content; None at the other end's end. For a socket that blocks."""
-    length = _read_exactly(link, LENGTH_BYTES)
-    return None if length is None else _read_exactly(link, int.from_bytes(length, "little"))
+    head = _read_exactly(link, LENGTH_BYTES)
+    return None if head is None else _read_exactly(link, length_of(head))
 
 
 def _read_exactly(link: socket.socket, size: int) -> bytearray | None:
@@ -69,10 +82,12 @@ class Frames:
         self._bytes += data
 
     def take(self) -> bytearray | None:
-        """The content of the next whole frame, if there is one."""
+        """The content of the next whole frame, if there is one. BadFrame for one too long."""
         start = self._at + LENGTH_BYTES
-        end = start + int.from_bytes(self._bytes[self._at : start], "little")
-        if start > len(self._bytes) or end > len(self._bytes):
+        if start > len(self._bytes):
+            return None
+        end = start + length_of(self._bytes[self._at : start])
+        if end > len(self._bytes):
             return None
         self._at = end
         return self._bytes[start:end]
@@ -86,31 +101,21 @@ class EngineLink(asyncio.Protocol):
     """
 
     def __init__(self, on_report: Callable[[wire.Report], None]) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="eaglerun-"))
-        self.address = str(self.directory / "engine")
         self._on_report = on_report
         self._frames = Frames()
         self._loop = asyncio.get_running_loop()
-        self._server: asyncio.Server | None = None
         self._transport: asyncio.Transport | None = None
         self._ended = asyncio.Event()
 
-    async def listen(self) -> None:
-        """Make the socket. ConfigError where its path is too long for one."""
-        if len(self.address) > MAX_PATH:
-            self.close()
-            raise ConfigError(
-                f"{self.address} is too long for a socket: set TMPDIR to a shorter path"
-            )
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.address)
-        Path(self.address).chmod(0o600)
-        self._server = await self._loop.create_unix_server(lambda: self, sock=listener)
+    async def connect(self) -> socket.socket:
+        """The engine's end: for its process to inherit, then to be closed here."""
+        ours, theirs = socket.socketpair()
+        await self._loop.create_unix_connection(lambda: self, sock=ours)
+        return theirs
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's is one in all but name.
         self._transport = cast(asyncio.Transport, transport)
-        self._stop_listening()
 
     def data_received(self, data: bytes) -> None:
         self._frames.add(data)
@@ -137,36 +142,37 @@ class EngineLink(asyncio.Protocol):
         self.close()
 
     def close(self) -> None:
-        self._stop_listening()
         if self._transport is not None:
             self._transport.close()
 
     def _hand_over(self) -> None:
-        content = self._frames.take()
-        if content is not None:
-            self._on_report(wire.decode_report(content))
+        try:
+            content = self._frames.take()
+            report = None if content is None else wire.decode_report(content)
+        except (BadFrame, msgspec.MsgspecError) as error:
+            # There is no telling where the next one begins. The engine ends without its link.
+            log.error("bad frame from the engine process, which is left: %s", error)
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        if report is not None:
+            self._on_report(report)
         if self._transport is None or self._transport.is_closing():
             return
-        if content is not None and self._frames:
+        if report is not None and self._frames:
             self._transport.pause_reading()
             self._loop.call_soon(self._hand_over)
         else:
             self._transport.resume_reading()
 
-    def _stop_listening(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        shutil.rmtree(self.directory, ignore_errors=True)
-
 
 class HttpLink:
-    """The engine's end. Raises Hangup where the HTTP process has ended."""
+    """The engine's end, an open file. Raises Hangup where the HTTP process has ended, BadFrame for
+    what is not a command."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, file: int) -> None:
         self._frames = Frames()
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(address)
+        self._socket = socket.socket(fileno=file)
 
     def send(self, report: wire.Report) -> None:
         """Waits while the HTTP process is behind by what the socket holds."""
@@ -187,7 +193,10 @@ class HttpLink:
             if not data:
                 raise Hangup
             self._frames.add(data)
-        return wire.decode_command(content)
+        try:
+            return wire.decode_command(content)
+        except msgspec.MsgspecError as error:
+            raise BadFrame(str(error)) from None
 
     def close(self) -> None:
         self._socket.close()

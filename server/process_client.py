@@ -50,6 +50,8 @@ class RequestEvents:
         self.first_s = [0.0] * request.sampling.n
         self.last_s = [0.0] * request.sampling.n
         self.num_open = request.sampling.n
+        # Answers without their first token. ``waits``: none has it.
+        self.num_waiting = request.sampling.n
         self.waits = True
         self.deadline = deadline
         self._abort = abort
@@ -104,13 +106,15 @@ class RequestEvents:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """What may wait; a request waits until its first token.
+    """What may wait; an answer waits until its first token.
 
-    max_tokens  prompt tokens of all that wait; one alone may have more
-    timeout_s   how long one may wait
+    max_answers  a lone request may have more
+    max_tokens   prompt tokens of all requests none of whose answers has begun; a lone one may
+                 have more
+    timeout_s    how long a request may wait
     """
 
-    max_requests: int
+    max_answers: int
     max_tokens: int
     timeout_s: float
 
@@ -144,6 +148,7 @@ class ProcessClient:
         self._process: Process | None = None
         self._alive = False
         self._draining = False
+        self._stage = "starting"
         # What open requests are told when the process ends; the last frames of one that was asked
         # to stop may be lost with it.
         self._end_message = DIED
@@ -165,20 +170,21 @@ class ProcessClient:
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[wire.Ready] = self._loop.create_future()
         self._link = EngineLink(self._on_report)
-        await self._link.listen()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE
-            )
-        except BaseException:
-            self._link.close()
-            raise
+        with await self._link.connect() as theirs:
+            file = theirs.fileno()
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command, stdin=asyncio.subprocess.PIPE, pass_fds=(file,)
+                )
+            except BaseException:
+                self._link.close()
+                raise
         self._process = process
         self._alive = True
         # Held open until this process ends; the engine ends with it.
         stdin = process.stdin
         assert stdin is not None
-        stdin.write(wire.encode_start(wire.Start(self._config, self._link.address)))
+        stdin.write(wire.encode_start(wire.Start(self._config, file)))
         self.ended = asyncio.create_task(self._watch(process))
         ready = self._ready = await self._started
         self._last_step_s = self._loop.time()
@@ -239,12 +245,15 @@ class ProcessClient:
         request_id = request.request_id
         if not self._link.send(wire.Submit(request)):
             raise EngineError(DIED)
+        if not self._open:
+            # While there was nothing to do no step was due.
+            self._last_step_s = self._loop.time()
         deadline = self._loop.call_later(self._limits.timeout_s, self._on_deadline, request_id)
         events = RequestEvents(request, self._loop.time(), self._abort, deadline)
         verdict: asyncio.Future[wire.Refused | None] = self._loop.create_future()
         self._open[request_id] = events
         self._verdicts[request_id] = verdict
-        self._num_waiting += 1
+        self._num_waiting += events.num_waiting
         self._num_waiting_tokens += events.num_prompt_tokens
         self._idle.clear()
         try:
@@ -268,9 +277,10 @@ class ProcessClient:
             raise EngineError("the engine is not ready")
         if request.request_id in self._open:
             raise RequestError("request_id", f"{request.request_id!r} is already running")
+        answers = self._num_waiting + request.sampling.n
         tokens = self._num_waiting_tokens + len(request.prompt_ids)
-        if self._num_waiting >= self._limits.max_requests or (
-            self._num_waiting and tokens > self._limits.max_tokens
+        if self._num_waiting and (
+            answers > self._limits.max_answers or tokens > self._limits.max_tokens
         ):
             self._metrics.refused["queue full"] += 1
             raise CapacityError("too many requests are waiting; try again later")
@@ -293,6 +303,7 @@ class ProcessClient:
             case wire.Step():
                 self._on_step(report)
             case wire.Loading(stage):
+                self._stage = stage
                 self._report(stage)
             # Nobody waits for these any more if the server was told to stop meanwhile.
             case wire.NotStarted(message) if not self._started.done():
@@ -331,12 +342,15 @@ class ProcessClient:
             self._metrics.gap.add(now - events.last_s[index])
         else:
             events.first_s[index] = now
+            self._begin(events, 1)
         events.last_s[index] = now
         events.put(event)
 
     def _on_finished(self, event: Finished, now: float) -> None:
         events = self._open[event.request_id]
         events.num_open -= 1
+        if not events.last_s[event.index]:
+            self._begin(events, 1)
         events.put(event)
         if event.reason is not FinishReason.ABORT:
             first_s = events.first_s[event.index]
@@ -353,13 +367,18 @@ class ProcessClient:
     def _end_wait(self, events: RequestEvents) -> None:
         events.waits = False
         events.deadline.cancel()
-        self._num_waiting -= 1
         self._num_waiting_tokens -= events.num_prompt_tokens
+
+    def _begin(self, events: RequestEvents, answers: int) -> None:
+        """So many answers of a request wait no longer."""
+        events.num_waiting -= answers
+        self._num_waiting -= answers
 
     def _end(self, events: RequestEvents) -> None:
         events.num_open = 0
         if events.waits:
             self._end_wait(events)
+        self._begin(events, events.num_waiting)
         del self._open[events.request_id]
         if not self._open:
             self._idle.set()
@@ -373,6 +392,8 @@ class ProcessClient:
         return EngineStatus(
             ready=self._ready is not None and not self._draining,
             alive=self._alive,
+            draining=self._draining,
+            stage=self._stage,
             hung=bool(self._open) and age > self._hung_after_s,
             last_step_age_s=age,
             num_running=self.totals.num_running,

@@ -168,6 +168,8 @@ def settings_of(config: Config, ready: wire.Ready, checkpoint: Path) -> Settings
         api_keys=keys_of(server),
         open_paths=frozenset({"/health"}) | OPEN_PATHS,
         hosts=hosts_of(server),
+        priority_keys=_words(server.allow_priority),
+        prefix_cache_by_key=server.prefix_cache_scope == "key",
         cors_origins=_words(server.cors_origins),
         rate_limit=None if rate is None else RateLimit(rate, server.rate_limit_burst),
         limits=Limits(
@@ -193,6 +195,7 @@ class Front:
 
     def __init__(self, counts: HttpCounts) -> None:
         self.app: ASGIApp = self._loading
+        self.stage = "starting"
         self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -210,7 +213,7 @@ class Front:
             response = Response()
         else:
             error = {
-                "message": "the model is loading",
+                "message": f"the model is loading: {self.stage}",
                 "type": "server_error",
                 "param": None,
                 "code": "loading",
@@ -262,7 +265,7 @@ class _HttpProcess:
         self._listener = listener
         self._metrics = RequestMetrics()
         self._front = Front(self._metrics.http)
-        self._client = ProcessClient(config, engine, self._metrics, log.info)
+        self._client = ProcessClient(config, engine, self._metrics, self._on_stage)
         self._loop = asyncio.get_running_loop()
         # The first signal drains, the second does not wait any longer.
         self._stop: asyncio.Future[None] = self._loop.create_future()
@@ -308,6 +311,10 @@ class _HttpProcess:
             await asyncio.wait([http], timeout=FLUSH_S)
             http.cancel()
             await asyncio.gather(http, start, return_exceptions=True)
+
+    def _on_stage(self, stage: str) -> None:
+        self._front.stage = stage
+        log.info("%s", stage)
 
     def _on_signal(self) -> None:
         if not self._stop.done():

@@ -85,6 +85,8 @@ class Settings:
     api_keys         none: no key is asked for
     open_paths       need no key; "/health" and whatever static pages the caller adds
     hosts            what the Host header may say
+    priority_keys    keys whose requests may set a priority; "all": everybody's may
+    prefix_cache_by_key  requests share cached prompts only with those of the same key
     cors_origins     origins whose pages may call us; "*": any
     template_kwargs  names a request may set in chat_template_kwargs
     log_prompts      write prompts to the log, with the ids of their answers
@@ -96,6 +98,8 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     open_paths: frozenset[str] = frozenset({"/health"})
     hosts: AllowedHosts = AllowedHosts(None)
+    priority_keys: tuple[str, ...] = ()
+    prefix_cache_by_key: bool = True
     cors_origins: tuple[str, ...] = ()
     rate_limit: RateLimit | None = None
     limits: Limits = field(default_factory=Limits)

@@ -19,10 +19,10 @@ TOTALS_EVERY_S = 0.25
 
 
 class Start(Struct):
-    """How the engine is to be set up, and the path of the socket to connect to."""
+    """How the engine is to be set up, and the open file that is its end of the link."""
 
     config: Config
-    address: str
+    link: int
 
 
 class Submit(Struct, tag="submit"):

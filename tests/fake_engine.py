@@ -121,6 +121,8 @@ class FakeEngine:
     ready: bool = True
     alive: bool = True
     hung: bool = False
+    draining: bool = False
+    stage: str = ""
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
@@ -137,6 +139,8 @@ class FakeEngine:
             ready=self.ready,
             alive=self.alive,
             hung=self.hung,
+            draining=self.draining,
+            stage=self.stage,
             last_step_age_s=0.0,
             num_running=0,
             num_waiting=0,
@@ -159,7 +163,7 @@ class Stage:
 
     def __init__(self) -> None:
         self._engine = FakeEngine()
-        self._app = make_app(self)
+        self._app = make_app(self, priority_keys=("all",))
 
     def post(self, engine: FakeEngine, path: str, body: object) -> "Reply":
         self._engine = engine

@@ -240,3 +240,50 @@ def test_what_is_told_of_the_server():
     assert get(app, "/v1/completions").status == 405
     answer = post(app, "/v1/completions", {"prompt": "x", "model": "alias"}).json()
     assert answer["model"] == MODEL
+
+
+def test_priority_is_for_those_the_operator_named():
+    body = CHAT | {"priority": -5}
+
+    def ask(app: object, key: str | None) -> int:
+        headers = None if key is None else bearer(key)
+        return post(app, "/v1/chat/completions", body, headers=headers).status
+
+    assert ask(make_app(), None) == 400
+    assert ask(make_app(priority_keys=("all",)), None) == 200
+    for named, found in (((), (400, 400)), (("sk-two",), (400, 200)), (("all",), (200, 200))):
+        app = make_app(api_keys=KEYS, priority_keys=named)
+        assert tuple(ask(app, key) for key in KEYS) == found
+    reply = post(make_app(), "/v1/chat/completions", body)
+    assert reply.error["param"] == "priority" and "--allow-priority" in reply.error["message"]
+    assert post(make_app(), "/v1/chat/completions", CHAT | {"priority": 0}).status == 200
+
+
+def test_cached_prompts_are_shared_by_key():
+    def salts(*keys: str | None, **settings: object) -> list[str]:
+        engine = FakeEngine()
+        app = make_app(engine, api_keys=KEYS if keys[0] else (), **settings)
+        for key in keys:
+            for body in (CHAT, CHAT | {"cache_salt": "s"}):
+                headers = None if key is None else bearer(key)
+                assert post(app, "/v1/chat/completions", body, headers=headers).status == 200
+        return [request.cache_salt for request in engine.requests]
+
+    one, own, other, others = salts(*KEYS)
+    assert len({one, own, other, others}) == 4
+    assert salts("sk-one", "sk-one")[2:] == [one, own]
+    assert not any("sk-" in salt for salt in (one, other))
+    assert salts(*KEYS, prefix_cache_by_key=False) == ["", "s", "", "s"]
+    assert salts(None) == ["", "s"]
+
+
+def test_why_it_is_not_ready():
+    for fields, status, reason in (
+        ({"ready": False, "stage": "Warming up"}, "loading", "the model is loading: Warming up"),
+        ({"ready": False, "draining": True}, "draining", "the server is shutting down"),
+        ({"hung": True}, "hung", "requests are open and no step came for 0.0 s"),
+        ({"alive": False}, "dead", "the engine's process has ended"),
+        ({}, "ready", None),
+    ):
+        found = get(make_app(FakeEngine(**fields)), "/health/ready").json()
+        assert (found["status"], found["reason"]) == (status, reason)

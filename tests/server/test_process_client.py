@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 import signal
-import stat
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_engine import FOREVER, text_of
 
-from eaglerun.config import resolve
+from eaglerun.config import Config, resolve
 from eaglerun.errors import CapacityError, ConfigError, EngineError, RequestError
 from eaglerun.messages import Event, Failed, Finished, FinishReason, Request, SamplingParams, Tokens
+from eaglerun.server import wire
 from eaglerun.server.client import Events
-from eaglerun.server.link import EngineLink, Frames, frame
+from eaglerun.server.engine_process import BROKEN_LINK, HTTP_ENDED
+from eaglerun.server.link import Frames, frame
 from eaglerun.server.metrics import RequestMetrics
 from eaglerun.server.process_client import ProcessClient
 
@@ -99,30 +101,91 @@ def test_answers_arrive_whole_and_once():
     asyncio.run(main())
 
 
-def test_the_socket_is_private_and_leaves_no_trace():
-    async def main() -> None:
-        link = EngineLink(lambda report: None)
-        await link.listen()
-        path = Path(link.address)
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        link.close()
-        assert not path.parent.exists()
+def test_the_link_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody else can connect to it, and nothing of it can be left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
+    async def main() -> None:
         async with running() as client:
-            # Once the engine has connected nobody else can.
-            assert not client._link.directory.exists()
+            assert client.status().alive and list(tmp_path.iterdir()) == []
 
     asyncio.run(main())
 
 
-def test_a_path_that_is_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    deep = tmp_path / ("d" * 100)
-    deep.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    with pytest.raises(ConfigError, match="set TMPDIR to a shorter path"):
-        asyncio.run(make_client().start())
-    assert list(deep.iterdir()) == []
+class Garbage:
+    """An engine's process, of which only the link is true: it sends ``content`` when ready."""
+
+    SCRIPT = """
+import sys, time
+from eaglerun.server import wire
+from eaglerun.server.link import HttpLink
+start = wire.decode_start(sys.stdin.buffer.readline())
+link = HttpLink(start.link)
+link.send(wire.Ready("m", 10, 0, None))
+link._socket.sendall(bytes.fromhex(sys.argv[1]))
+while link._socket.recv(1 << 16):
+    pass
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (frame(b"garbage"), "bad frame from the engine process"),
+        (b"\xff\xff\xff\xff", "a frame of 4294967295 bytes, allowed 536870912"),
+        (frame(b"\x81\xa4type\xa5other"), "bad frame"),
+    ],
+)
+def test_a_bad_frame_of_the_engine_ends_the_link(
+    content: bytes, words: str, caplog: pytest.LogCaptureFixture
+):
+    async def main() -> None:
+        command = (sys.executable, "-c", Garbage.SCRIPT, content.hex())
+        client = ProcessClient(Config(), command, RequestMetrics(), lambda stage: None)
+        async with asyncio.timeout(LIMIT_S):
+            await client.start()
+            assert await client.ended == 7
+            assert not client.status().alive
+            await client.close()
+
+    asyncio.run(main())
+    assert words in caplog.text and "Traceback" not in caplog.text
+
+
+def run_engine(start: bytes, *frames: bytes) -> "subprocess.CompletedProcess[bytes]":
+    """The engine's process with an end of a link, to which ``frames`` are written."""
+    ours, theirs = socket.socketpair()
+    file = theirs.fileno()
+    line = wire.encode_start(wire.Start(Config(), file)) if start == b"start" else start
+    with ours, theirs:
+        with subprocess.Popen(ENGINE, stdin=-1, stdout=-1, stderr=-1, pass_fds=(file,)) as process:
+            for one in frames:
+                ours.sendall(one)
+            if frames == (b"",):
+                ours.close()
+            if start == b"start":
+                assert process.stdin is not None and process.stderr is not None
+                process.stdin.write(line)
+                process.stdin.flush()
+                said = process.stderr.read()
+                return subprocess.CompletedProcess(ENGINE, process.wait(LIMIT_S), b"", said)
+            _, said = process.communicate(line, LIMIT_S)
+            return subprocess.CompletedProcess(ENGINE, process.returncode, b"", said)
+
+
+@pytest.mark.parametrize("content", [frame(b"garbage"), b"\xff\xff\xff\xff"])
+def test_a_bad_frame_of_the_http_process_ends_the_engine(content: bytes):
+    done = run_engine(b"start", content)
+    assert done.returncode == BROKEN_LINK
+    assert b"bad frame from the HTTP process" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("start", [b"", b'{"config":', b"start"])
+def test_an_engine_whose_http_process_ended_while_it_loaded_says_nothing(start: bytes):
+    done = run_engine(start, b"")
+    assert done.returncode == HTTP_ENDED
+    assert done.stderr == b""
 
 
 @settings(max_examples=50, deadline=None)
@@ -188,6 +251,44 @@ def test_a_caller_that_is_cancelled_leaves_no_request():
             assert client.status().num_running == 1
             await client.close()
             assert not client._open
+
+    asyncio.run(main())
+
+
+def test_what_waits_is_counted_by_answers():
+    async def main() -> None:
+        async with running("--max-num-seqs", "2", max_queued_requests=8) as client:
+            first = await client.submit(endless("first", n=2))
+            await anext(first)
+            await until(lambda: client._num_waiting == 0)
+            lone = await client.submit(endless("lone", n=16))
+            with pytest.raises(CapacityError, match="waiting"):
+                await client.submit(request("another"))
+            await lone.aclose()
+            await until(lambda: client._num_waiting == 0)
+            await client.submit(endless("five", n=5))
+            await client.submit(endless("three", n=3))
+            with pytest.raises(CapacityError, match="waiting"):
+                await client.submit(request("one"))
+            # Places for two: as many answers begin, and so many more may wait.
+            await first.aclose()
+            await until(lambda: client._num_waiting == 6)
+            await client.submit(endless("two", n=2))
+            with pytest.raises(CapacityError, match="waiting"):
+                await client.submit(request("one"))
+
+    asyncio.run(main())
+
+
+def test_nothing_hangs_when_work_comes_after_a_pause():
+    async def main() -> None:
+        async with running("--hang-at", "0", hung_after=0.2) as client:
+            await asyncio.sleep(0.3)
+            assert not client.status().hung
+            await client.submit(request("r"))
+            assert not client.status().hung
+            await until(lambda: client.status().hung)
+            os.kill(client.pid, signal.SIGKILL)
 
     asyncio.run(main())
 
@@ -316,7 +417,6 @@ KILL_YOURSELF = """
 import asyncio, os, signal, sys
 from eaglerun.config import Config
 from eaglerun.messages import Request
-from eaglerun.server.link import EngineLink, Frames, frame
 from eaglerun.server.metrics import RequestMetrics
 from eaglerun.server.process_client import ProcessClient
 
@@ -324,7 +424,6 @@ async def main():
     client = ProcessClient(Config(), sys.argv[1:], RequestMetrics(), print)
     await client.start()
     await client.submit(Request("r", (1, 2)))
-    print(client._link.directory, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main())
@@ -337,7 +436,6 @@ def test_the_engine_ends_with_the_http_process():
     # Its output ends when the engine, which inherits it, has ended too.
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == -signal.SIGKILL
-    assert not Path(done.stdout.strip()).exists()
 
 
 def test_many_streams_with_random_leavers():
