@@ -20,7 +20,7 @@ from eaglerun.errors import CapacityError, CheckpointError, ConfigError, Request
 from eaglerun.messages import Event, Failed, Finished, Request, Tokens
 from eaglerun.server import wire
 from eaglerun.server.link import BadFrame, Hangup, HttpLink
-from eaglerun.server.logs import configure_logging
+from eaglerun.server.logs import configure_logging, never_waiting
 from eaglerun.server.wire import Totals
 from eaglerun.speculative.stats import EngineStats
 
@@ -88,6 +88,11 @@ def run(make_engine: MakeEngine) -> int:
     start = wire.decode_start(line)
     threading.Thread(target=_end_with_http_process, daemon=True).start()
     configure_logging(start.config.server.log_level, "EngineCore")
+    with never_waiting():
+        return _live(make_engine, start)
+
+
+def _live(make_engine: MakeEngine, start: wire.Start) -> int:
     link = HttpLink(start.link)
     try:
         try:

@@ -37,7 +37,7 @@ from eaglerun.server.http_limits import (
     LimitedProtocol,
     allow_files,
 )
-from eaglerun.server.logs import configure_logging
+from eaglerun.server.logs import configure_logging, never_waiting
 from eaglerun.server.metrics import Exposition, RequestMetrics, metrics_route
 from eaglerun.server.monitor import Monitor
 from eaglerun.server.page import OPEN_PATHS, page_routes
@@ -75,7 +75,8 @@ def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
     try:
         listener = bind(config.server)
         log.info("eaglerun %s with\n%s", __version__, config.to_toml())
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        loop = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        with never_waiting(), loop as runner:
             return runner.run(_run(config, engine, listener, source))
     finally:
         source.end()
