@@ -39,6 +39,12 @@ MAX_SECONDS = 2.0
 _CUT = "\ue000cut here\ue001"
 # Names that render() gives to every template.
 _GIVEN = frozenset({"messages", "tools", "add_generation_prompt"})
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Names in a template's scope that a client's values may not take.
+RESERVED = _GIVEN.union(
+    _SPECIAL_TOKENS,
+    ("loop", "self", "namespace", "raise_exception", "strftime_now", "dict", "range"),
+)
 # Methods of str whose result can be of any size.
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
 
@@ -166,6 +172,11 @@ class ChatTemplate:
             raise CheckpointError(
                 f"the chat template is broken in line {error.lineno}: {error.message}"
             ) from error
+        except (RecursionError, SyntaxError, ValueError) as error:
+            # Python's compiler has limits of its own for what the template becomes.
+            raise CheckpointError(
+                f"the chat template is broken: {type(error).__name__}, it is nested too deeply"
+            ) from error
 
     def render(
         self,
@@ -248,7 +259,7 @@ def read_template(path: Path, file: Path | None = None) -> TemplateSource | None
         return None
     special = {
         name: text
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        for name in _SPECIAL_TOKENS
         if (text := _token_text(config.get(name))) is not None
     }
     if isinstance(found, str):

@@ -3,12 +3,44 @@
 Every refusal names the key with its path, the value that stands there and what is allowed.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from eaglerun.errors import ConfigError
 
 # What weights may be stored in.
 DTYPES = ("bfloat16", "float16", "float32")
+# No size of a model is larger; the largest known vocabulary has 20 bits.
+MAX_SIZE = 1 << 28
+# The largest JSON file of a checkpoint: an index of a million tensors is smaller.
+MAX_JSON_BYTES = 256 << 20
+# What is rotated of a head is a part of it; the exact bound stands where the head's size is known.
+MAX_ROTARY_FACTOR = 1024
+# How much of a value a message shows.
+MAX_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """A value of a config as a message shows it."""
+    if isinstance(value, str | list | tuple | Mapping) and len(value) > MAX_SHOWN:
+        return f"a {type(value).__name__} of {len(value)} items"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def read_json(path: Path) -> object:
+    """The value in a JSON file of a checkpoint. ConfigError where it is too large or no JSON."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ConfigError(f"{path} has {size} bytes, allowed {MAX_JSON_BYTES}")
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ConfigError(f"{path} cannot be read as JSON: it is nested too deeply") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    return value
 
 
 class Fields:
@@ -37,9 +69,11 @@ class Fields:
         return self.values.get(key)
 
     def refusal(self, key: str, allowed: str) -> ConfigError:
-        return ConfigError(f"{self.name(key)} = {self.raw(key)!r}: {allowed}")
+        return ConfigError(f"{self.name(key)} = {shown(self.raw(key))}: {allowed}")
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+    def integer(
+        self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_SIZE
+    ) -> int:
         """The integer at ``key``; without a default the key must be there."""
         value = self.raw(key)
         if value is None:
@@ -48,6 +82,8 @@ class Fields:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise self.refusal(key, f"must be an integer of at least {minimum}")
+        if value > maximum:
+            raise self.refusal(key, f"must be at most {maximum}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -127,7 +163,8 @@ def agree(first: Fields, first_key: str, second: Fields, second_key: str) -> tup
     one, other = first.raw(first_key), second.raw(second_key)
     if one is not None and other is not None and one != other:
         raise ConfigError(
-            f"{first.name(first_key)} = {one!r} and {second.name(second_key)} = {other!r}: "
+            f"{first.name(first_key)} = {shown(one)} and {second.name(second_key)} = "
+            f"{shown(other)}: "
             "these mean the same and must be equal"
         )
     return (second, second_key) if one is None and other is not None else (first, first_key)
@@ -182,7 +219,10 @@ def rope(fields: Fields, default_theta: float) -> tuple[float, float | None]:
     where, key = agree(parameters, "rope_theta", fields, "rope_theta")
     theta = where.number(key, default_theta)
     where, key = agree(parameters, "partial_rotary_factor", fields, "partial_rotary_factor")
-    return theta, None if where.raw(key) is None else where.number(key, 1.0)
+    factor = None if where.raw(key) is None else where.number(key, 1.0)
+    if factor is not None and factor > MAX_ROTARY_FACTOR:
+        raise where.refusal(key, f"must be at most {MAX_ROTARY_FACTOR}")
+    return theta, factor
 
 
 def refuse_unless(relations: tuple[tuple[bool, str], ...], prefix: str) -> None:

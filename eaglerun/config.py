@@ -556,9 +556,15 @@ def nearest(name: str, known: Mapping[str, object]) -> str:
 
 def _read_toml(file: Path, known: dict[str, Option]) -> dict[str, object]:
     try:
-        tree = tomllib.loads(file.read_text())
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {file} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ConfigError(f"config file {file} is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {file} is not UTF-8: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config file {file} is not TOML: {error}") from None
     values: dict[str, object] = {}

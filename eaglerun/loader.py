@@ -1,5 +1,6 @@
 """From a Config to two models in memory: which checkpoints, checked, then loaded or made up."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.spec import DraftSpec, TargetSpec, check_block_size, read_checkpoint_config
+from eaglerun.text import read_tokenizer
 
 DEMO = Path(next(iter(configs.__path__))) / "demo"
 
@@ -86,6 +88,11 @@ def load_models(config: Config, progress: bool | None = False) -> Models:
     check_invariant(config, found.target, device, dtype)
     if device.type == "cuda":
         refuse_what_cannot_fit(config, found, dtype, CudaMemory(device))
+    else:
+        refuse_what_memory_cannot_hold(config, found, dtype)
+    # Before the weights, which take long.
+    tokenizer_file = found.target_path / "tokenizer.json"
+    tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     target = MiniMaxM3(found.target, taps, device=device, dtype=dtype, max_positions=limit)
     draft = None
     if found.draft is not None:
@@ -98,8 +105,6 @@ def load_models(config: Config, progress: bool | None = False) -> Models:
         load_target(target, found.target_path, found.target, progress)
         if draft is not None and found.draft is not None and found.draft_path is not None:
             load_draft(draft, found.draft_path, found.draft, target, progress)
-    tokenizer_file = found.target_path / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.exists() else None
     return Models(
         name=found.name,
         target=target,
@@ -164,6 +169,25 @@ def refuse_what_cannot_fit(
         advice = ["num_kv_blocks, kv_cache_gib: at most what is left for KV"]
         wanted = (f"{blocks:,} KV blocks", blocks * kv.block_bytes)
         raise CapacityError(refusal(f"{blocks} KV blocks do not fit the GPU:", use, advice, wanted))
+
+
+def refuse_what_memory_cannot_hold(config: Config, found: Checkpoints, dtype: torch.dtype) -> None:
+    """ConfigError on a CPU whose memory is smaller than the weights and tables alone."""
+    name = str(dtype).removeprefix("torch.")
+    parts = list(target_components(found.target, name))
+    if found.draft is not None:
+        own = draft_components(found.draft, name)
+        parts += [part for part in own if part.name not in ("embedding", "head")]
+    weights = sum(part.num_bytes for part in parts)
+    positions = config.model.max_model_len or found.target.max_position_embeddings
+    table = 4 * positions * found.target.rotary_dim
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights + table > memory:
+        raise ConfigError(
+            f"the models do not fit this machine: {weights / 2**30:,.1f} GiB of weights in {name} "
+            f"and {table / 2**30:,.1f} GiB for {positions:,} positions; it has "
+            f"{memory / 2**30:,.1f} GiB"
+        )
 
 
 def kv_budget_of(

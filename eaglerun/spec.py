@@ -1,6 +1,5 @@
 """TargetSpec and DraftSpec: the two architectures, as their checkpoints' config.json state them."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from eaglerun.checkpoint_config import (
     Fields,
     agree,
     check_kind,
+    read_json,
     refuse_quantized,
     refuse_unless,
     rope,
@@ -28,6 +28,9 @@ from eaglerun.target_config import (
     rotary_dim,
     sparse_layers,
 )
+
+# Far beyond any model: what is larger would fill the memory before it is found to be wrong.
+MAX_LAYERS, MAX_POSITIONS = 1 << 12, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +154,7 @@ def read_checkpoint_config(path: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
@@ -174,7 +174,7 @@ def _parse_target(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Ta
     outer, text = levels(config, overrides)
     check_target_kind(outer, text)
     sparse = text.section("sparse_attention_config")
-    num_layers = text.integer("num_hidden_layers")
+    num_layers = text.integer("num_hidden_layers", maximum=MAX_LAYERS)
     is_sparse = sparse_layers(text, sparse, num_layers)
     theta, factor = rope(text, 5e6)
     spec = TargetSpec(
@@ -187,7 +187,7 @@ def _parse_target(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Ta
         expert_intermediate_size=text.integer("intermediate_size"),
         shared_intermediate_size=text.integer("shared_intermediate_size"),
         dense_intermediate_size=text.integer("dense_intermediate_size"),
-        max_position_embeddings=text.integer("max_position_embeddings"),
+        max_position_embeddings=text.integer("max_position_embeddings", maximum=MAX_POSITIONS),
         rms_norm_eps=text.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rotary_dim=rotary_dim(text, factor),
@@ -312,7 +312,7 @@ def _parse_draft(config: Mapping[str, Any], target: TargetSpec) -> DraftSpec:
         rope_theta=theta,
         # A draft without a length of its own goes as far as its target: rope has no end.
         max_position_embeddings=fields.integer(
-            "max_position_embeddings", target.max_position_embeddings
+            "max_position_embeddings", target.max_position_embeddings, maximum=MAX_POSITIONS
         ),
         attention_bias=fields.flag("attention_bias", False),
         use_aux_hidden_state=use_aux,

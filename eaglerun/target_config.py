@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eaglerun.checkpoint_config import Fields, agree, check_kind, refuse_quantized
+from eaglerun.checkpoint_config import Fields, agree, check_kind, refuse_quantized, shown
 from eaglerun.errors import ConfigError
 
 TARGET_ARCHITECTURES = (
@@ -20,7 +20,7 @@ def flattened(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     flat = dict(overrides or {})
     inner = flat.pop("text_config", {})
     if not isinstance(inner, Mapping):
-        raise ConfigError(f"override of text_config = {inner!r}: must be an object")
+        raise ConfigError(f"override of text_config = {shown(inner)}: must be an object")
     return flat | dict(inner)
 
 

@@ -1,9 +1,22 @@
 """Token ids to text, incrementally, and the search for stop strings."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from eaglerun.errors import CheckpointError
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """A checkpoint's tokenizer.json. CheckpointError where it is none."""
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:
+        # The library raises nothing more exact.
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{file} is not a tokenizer: {words[0][:200]}") from error
 
 
 @dataclass(frozen=True, slots=True)

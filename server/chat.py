@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
-from tokenizers import Tokenizer
 
 from eaglerun.chat_template import read_json, read_template
 from eaglerun.conversation import THINKING_MODES
@@ -22,6 +21,7 @@ from eaglerun.server.protocol import AssistantMessage, Message, ToolCall
 from eaglerun.server.settings import Limits, SamplingDefaults, Settings
 from eaglerun.server.template import ChatTemplate
 from eaglerun.server.vocabulary import Vocabulary
+from eaglerun.text import read_tokenizer
 
 _T = TypeVar("_T")
 
@@ -311,11 +311,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: the server needs a tokenizer")
-    try:
-        return Vocabulary(Tokenizer.from_file(str(file)))
-    except Exception as error:
-        # The library raises nothing more exact.
-        raise CheckpointError(f"{file} is not a tokenizer: {error}") from error
+    return Vocabulary(read_tokenizer(file))
 
 
 def load_chat(

@@ -87,6 +87,9 @@ def run_source(control: socket.socket) -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
         _serve_control(control)
         status = 0
+    except Exception:
+        log.exception("the preparation process failed")
+        raise
     finally:
         # Nothing that the parent would do at its end is done here.
         os._exit(status)

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eaglerun import __version__
+from eaglerun.chat_template import RESERVED
 from eaglerun.config import Config, OutputConfig, ServerConfig
 from eaglerun.errors import ConfigError
 from eaglerun.server import wire
@@ -67,6 +68,7 @@ def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
     if config.server.log_stats_interval:
         config = _without_second_log(config)
     check_files(config.server)
+    check_template_kwargs(config.server)
     hosts_of(config.server)
     proxies_of(config.server)
     # Before there is an event loop or a thread, which a fork would leave half copied, and before
@@ -102,6 +104,16 @@ def check_files(server: ServerConfig) -> None:
             context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile)
         except OSError as error:
             raise ConfigError(f"ssl_certfile = {server.ssl_certfile}: {error}") from None
+
+
+def check_template_kwargs(server: ServerConfig) -> None:
+    """ConfigError for names that a request could not set, or must not."""
+    for name in _words(server.chat_template_kwargs):
+        if not name.isidentifier() or name in RESERVED:
+            raise ConfigError(
+                f"chat_template_kwargs = {name}: expected names of the template's own variables, "
+                f"which these are not: {', '.join(sorted(RESERVED))}"
+            )
 
 
 def bind(server: ServerConfig) -> socket.socket:

@@ -4,13 +4,12 @@ A checkpoint is read twice: its headers, so that everything missing, too much or
 said before any weight is read; then tensor by tensor into the parameters that exist already.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from eaglerun.errors import CheckpointError
+from eaglerun.checkpoint_config import read_json, shown
+from eaglerun.errors import CheckpointError, ConfigError
 from eaglerun.models.checkpoint_names import NameMap, Piece, draft_names, target_names
 from eaglerun.models.layers import Embedding, GemmaNorm, Norm
 from eaglerun.progress import byte_bar
@@ -181,12 +181,20 @@ def _checkpoint_files(path: Path) -> dict[Path, frozenset[str]]:
     """The safetensors files of a checkpoint, each with the tensors that an index promises in it."""
     if (path / INDEX).is_file():
         try:
-            weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            promised: dict[str, set[str]] = {}
-            for name, file in weight_map.items():
-                promised.setdefault(file, set()).add(name)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise CheckpointError(f"{path / INDEX} is no index: {error!r}") from error
+            index = read_json(path / INDEX)
+        except ConfigError as error:
+            raise CheckpointError(f"{path / INDEX} is no index: {error}") from error
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{path / INDEX} is no index: it has no object weight_map")
+        promised: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not _stays_inside(file):
+                raise CheckpointError(
+                    f"{path / INDEX} is no index: {shown(name)} is in {shown(file)}, which names no "
+                    "file of the checkpoint"
+                )
+            promised.setdefault(file, set()).add(name)
         missing = sorted(file for file in promised if not (path / file).is_file())
         if missing:
             raise CheckpointError(
@@ -198,6 +206,12 @@ def _checkpoint_files(path: Path) -> dict[Path, frozenset[str]]:
     if not files:
         raise CheckpointError(f"{path} holds no *.safetensors; weights in other formats do not do")
     return dict.fromkeys(files, frozenset())
+
+
+def _stays_inside(file: str) -> bool:
+    """Whether a name in an index leads to a file below the checkpoint's directory."""
+    path = PurePosixPath(file)
+    return bool(file) and "\0" not in file and not path.is_absolute() and ".." not in path.parts
 
 
 @contextmanager
