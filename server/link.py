@@ -26,6 +26,8 @@ READ_BYTES = 1 << 18
 MAX_FRAME_BYTES = 1 << 29
 # How long the last frames of an engine that has ended may take.
 LAST_FRAMES_S = 1.0
+# What decoding raises; text that is no UTF-8 has an error of its own.
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError)
 
 
 class Hangup(Exception):
@@ -149,7 +151,7 @@ class EngineLink(asyncio.Protocol):
         try:
             content = self._frames.take()
             report = None if content is None else wire.decode_report(content)
-        except (BadFrame, msgspec.MsgspecError) as error:
+        except (BadFrame, *UNDECODABLE) as error:
             # There is no telling where the next one begins. The engine ends without its link.
             log.error("bad frame from the engine process, which is left: %s", error)
             if self._transport is not None:
@@ -195,7 +197,7 @@ class HttpLink:
             self._frames.add(data)
         try:
             return wire.decode_command(content)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise BadFrame(str(error)) from None
 
     def close(self) -> None:

@@ -135,6 +135,7 @@ sys.exit(7)
         (frame(b"garbage"), "bad frame from the engine process"),
         (b"\xff\xff\xff\xff", "a frame of 4294967295 bytes, allowed 536870912"),
         (frame(b"\x81\xa4type\xa5other"), "bad frame"),
+        (frame(b"\x81\xa4type\xa5\xff\xff\xff\xff\xff"), "bad frame"),
     ],
 )
 def test_a_bad_frame_of_the_engine_ends_the_link(
