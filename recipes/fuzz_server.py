@@ -64,7 +64,17 @@ TARGET = TargetSpec.from_config(CONFIGS["target"])
 DRAFT = DraftSpec.from_config(CONFIGS["draft"], TARGET)
 
 
-class Bodies:
+class Target:
+    """Called with bytes; raises what is a fault."""
+
+    seeds: list[bytes]
+
+    def __call__(self, data: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Bodies(Target):
     """A request's body, from bytes to token ids. The first byte chooses the route."""
 
     def __init__(self) -> None:
@@ -116,7 +126,7 @@ class Bodies:
             assert 400 <= result.status < 500 and len(result.message) <= MAX_MESSAGE
 
 
-class Nesting:
+class Nesting(Target):
     """What is counted before parsing agrees with what was parsed."""
 
     seeds = [b'[[1, {"a": [2]}], "[[", "\\"[", {}]', b'{"a": {"b": {"c": {}}}}']
@@ -143,7 +153,7 @@ def _measure(value: object) -> tuple[int, int, int]:
     return max(depths) + 1, sum(values) + (not inner), sum(containers) + 1
 
 
-class Heads:
+class Heads(Target):
     """Bytes of a connection, in pieces; the first two choose where it is cut."""
 
     seeds = [
@@ -164,6 +174,9 @@ class Heads:
 
     def __call__(self, data: bytes) -> None:
         self._loop.run_until_complete(self._run(data))
+
+    def close(self) -> None:
+        self._loop.close()
 
     async def _run(self, data: bytes) -> None:
         limits = HttpLimits(max_header_bytes=512, max_url_bytes=128, max_headers=8)
@@ -220,7 +233,7 @@ class Transport(asyncio.Transport):
     abort = close
 
 
-class Link:
+class Link(Target):
     """What one process sends the other."""
 
     seeds = [
@@ -240,7 +253,7 @@ class Link:
                 pass
 
 
-class Output:
+class Output(Target):
     """A model's text, in pieces."""
 
     seeds = [
@@ -259,7 +272,7 @@ class Output:
             parser.finish()
 
 
-class Configs:
+class Configs(Target):
     """config.json of either model; the first byte chooses."""
 
     seeds = [
@@ -281,7 +294,7 @@ class Configs:
             assert len(str(error)) < 4000
 
 
-class Safetensors:
+class Safetensors(Target):
     """Headers of a weights file, and the index beside it where the first byte says so."""
 
     seeds = [
@@ -311,7 +324,7 @@ class Safetensors:
             assert "\n" not in str(error)
 
 
-class Hosts:
+class Hosts(Target):
     seeds = [b"localhost:80", b"[::1]:8000", b"127.0.0.1", b"a.b.c"]
 
     def __call__(self, data: bytes) -> None:
@@ -322,7 +335,7 @@ class Hosts:
             assert host.endswith("localhost") or host.startswith("127.") or ":" in host
 
 
-KINDS: dict[str, type[Any]] = {
+KINDS: dict[str, type[Target]] = {
     kind.__name__.lower(): kind
     for kind in (Bodies, Nesting, Heads, Link, Output, Configs, Safetensors, Hosts)
 }
@@ -367,6 +380,8 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path = Path()) -> int:
     except BaseException:
         (folder / f"crash-{name}").write_bytes(data)
         raise
+    finally:
+        target.close()
     return count
 
 
