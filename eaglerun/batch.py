@@ -92,6 +92,7 @@ class StepBuffers:
     num_propose  [B] int64, drafts to make; 0 on padding sequences
     emitted      [B, K_max + 1] int64, -1 where a row emits nothing
     accepted     [B] int64
+    broken       [B] int64, 1 where a row of the target's hidden states is not finite
     num_experts  [1] int64, distinct experts read, summed over the layers
     """
 
@@ -99,7 +100,7 @@ class StepBuffers:
         self, max_batch: int, num_draft_tokens: int, padding_slot: int, device: torch.device
     ) -> None:
         self._padding_slot = padding_slot
-        self._width = 1 + num_draft_tokens + 1
+        self._width = 2 + num_draft_tokens + 1
         # Results end where the inputs begin, and both meet at the one number that is both, so
         # that a step's numbers arrive in one copy and leave in one.
         self._middle = max_batch * self._width
@@ -114,7 +115,7 @@ class StepBuffers:
         self.slots, self.num_drafts, self.num_propose = inputs
         self._results = self._memory[self._middle - batch_size * self._width : self._middle + 1]
         table = self._results[:-1].view(batch_size, self._width)
-        self.accepted, self.emitted = table[:, 0], table[:, 1:]
+        self.accepted, self.broken, self.emitted = table[:, 0], table[:, 1], table[:, 2:]
 
     def fill(self, rows: tuple[DecodeRow, ...], batch_size: int) -> None:
         """The plan's rows, then padding up to ``batch_size``; no experts yet."""
@@ -134,11 +135,11 @@ class StepBuffers:
         )
         self._memory[self._middle :][: len(values)].copy_(values, non_blocking=True)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """emitted, accepted and num_experts on their way to the host (to_host)."""
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """emitted, accepted, broken and num_experts on their way to the host (to_host)."""
         values = to_host(self._results)
         table = values[:-1].view(-1, self._width)
-        return table[:, 1:], table[:, 0], values[-1:]
+        return table[:, 2:], table[:, 0], table[:, 1], values[-1:]
 
     @contextmanager
     def blank(self) -> Iterator[None]:
@@ -149,6 +150,7 @@ class StepBuffers:
         self.num_propose.fill_(0)
         self.emitted.fill_(-1)
         self.accepted.fill_(0)
+        self.broken.fill_(0)
         try:
             yield
         finally:

@@ -15,11 +15,13 @@ MAX_INT = 2**31 - 1
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended. ``stop``: EOS, a stop token or a stop string."""
+    """Why a sequence ended. ``stop``: EOS, a stop token or a stop string. ``error``: the model's
+    numbers for it were no longer finite."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,18 +30,22 @@ PromptLogprobs = tuple[list[LogprobRows], tuple[int, ...]]
 
 @dataclass(slots=True)
 class Decoded:
-    """On the host: emitted [B, >= Q] and accepted [B], B no less than the plan's rows, and
+    """On the host: emitted [B, >= Q], accepted and broken [B], B no less than the plan's rows, and
     num_experts [1]."""
 
     emitted: Tensor
     accepted: Tensor
+    broken: Tensor
     num_experts: Tensor
     logprobs: LogprobRows | None
 
 
 @dataclass(slots=True)
 class Prefilled:
+    """``broken`` [chunks]: rows whose hidden states are not finite."""
+
     sampled: Tensor
+    broken: Tensor
     logprobs: LogprobRows | None
     prompt: list[PromptLogprobs | None]
 
@@ -69,12 +73,15 @@ class PendingStep:
         num_experts = 0
         decode: tuple[tuple[int, ...], ...] = ()
         accepted: tuple[int, ...] = ()
+        broken: tuple[bool, ...] = ()
+        broken_prefill: tuple[bool, ...] = ()
         decode_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if self._decoded is not None:
             count, width = len(plan.decode), plan.num_drafts + 1
             rows = self._decoded.emitted[:count, :width].tolist()
             decode = tuple(tuple(t for t in row if t >= 0) for row in rows)
             accepted = tuple(self._decoded.accepted[:count].tolist())
+            broken = tuple(map(bool, self._decoded.broken[:count].tolist()))
             num_experts = int(self._decoded.num_experts)
             if self._decoded.logprobs is not None:
                 flat = token_logprobs(self._decoded.logprobs, [t for row in rows for t in row])
@@ -86,6 +93,7 @@ class PendingStep:
         prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if self._prefilled is not None:
             tokens = iter(self._prefilled.sampled.tolist())
+            broken_prefill = tuple(map(bool, self._prefilled.broken.tolist()))
             prefill = tuple(next(tokens) if c.samples else -1 for c in plan.prefill)
             if self._prefilled.logprobs is not None:
                 ids = [t for t in prefill if t >= 0]
@@ -103,6 +111,8 @@ class PendingStep:
             prefill_logprobs=prefill_logprobs,
             prompt_logprobs=prompt_logprobs,
             num_experts=num_experts,
+            broken=broken,
+            broken_prefill=broken_prefill,
             times=self._clock.times(),
         )
 

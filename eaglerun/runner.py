@@ -258,6 +258,9 @@ class Runner:
         with invariant(self.options.batch_invariant):
             hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, buffers.num_experts)
             logits = self.target.logits(hidden).view(B, Q, -1)
+        # Rows of padding have no keys, and so no numbers.
+        is_row = torch.arange(Q, device=self.device) <= buffers.num_drafts[:, None]
+        buffers.broken.copy_((not_finite(hidden).view(B, Q) & is_row).any(dim=1))
         drafts = state.draft_tokens[slots, : Q - 1]
         return _Forward(logits, drafts, kv_slots.view(-1), positions, length, table)
 
@@ -360,6 +363,8 @@ class Runner:
             hidden = self.target(ids, batch, self.target_kv, self.aux, None)
             prompt = self._prompt_logprobs(chunks, hidden)
             sampled, logprobs = self._sample_prefill(plan, final, hidden, ends)
+        broken = torch.zeros(len(chunks), dtype=torch.int64, device=self.device)
+        broken.index_add_(0, batch.seq_ids, not_finite(hidden).long())
         clock.target_done()
         if self.options.keep_aux and self.aux is not None:
             for c, start in zip(chunks, _running_sum(chunks), strict=False):
@@ -368,7 +373,7 @@ class Runner:
         if self.draft is not None:
             self._prefill_draft(plan, final, batch, ids, ends, sampled)
         clock.draft_done()
-        return Prefilled(to_host(sampled), logprobs, prompt)
+        return Prefilled(to_host(sampled), to_host(broken), logprobs, prompt)
 
     def _prefill_batch(self, chunks: tuple[PrefillChunk, ...]) -> AttentionBatch:
         device, sums = self.device, _running_sum(chunks)
@@ -556,6 +561,13 @@ class Runner:
         for b, (row, start) in enumerate(zip(plan.decode, positions[:, 0].tolist(), strict=False)):
             hidden = self.aux[:, b * rows : b * rows + row.num_drafts + 1].clone()
             kept.append(AuxRows(row.slot_id, start, hidden))
+
+
+def not_finite(hidden: Tensor) -> Tensor:
+    """Which rows of hidden states [N, H] hold NaN or Inf; one of either anywhere before, in any
+    layer, shows here."""
+    largest: Tensor = torch.linalg.vector_norm(hidden, float("inf"), dim=-1)
+    return ~largest.isfinite()
 
 
 def _running_sum(chunks: tuple[PrefillChunk, ...]) -> list[int]:

@@ -440,9 +440,15 @@ class Scheduler:
         for c, (seq, chunk) in enumerate(zip(flight.prefill, flight.plan.prefill, strict=True)):
             asked = result.prompt_logprobs[c] if result.prompt_logprobs else ()
             logprob = result.prefill_logprobs[c] if result.prefill_logprobs else None
+            if result.broken_prefill and result.broken_prefill[c]:
+                self._commit_broken(seq, int(chunk.samples), 1)
+                continue
             self._commit_chunk(seq, chunk, result.prefill[c], asked, logprob)
         for b, (seq, row) in enumerate(zip(flight.decode, flight.plan.decode, strict=True)):
             logprobs = result.decode_logprobs[b] if result.decode_logprobs else ()
+            if result.broken and result.broken[b]:
+                self._commit_broken(seq, 1, row.num_drafts + 1)
+                continue
             self._commit_row(seq, row, result.decode[b], result.num_accepted[b], logprobs)
         self.stats.check_identity()
         return self.take_events()
@@ -493,6 +499,16 @@ class Scheduler:
         if row.num_drafts:
             seq.acceptance.add(row.num_drafts, num_accepted)
         self._emit(seq, tokens, num_accepted, logprobs)
+
+    def _commit_broken(self, seq: Sequence, min_tokens: int, max_tokens: int) -> None:
+        """A step whose numbers for the sequence are not finite ends it; nothing of it is kept."""
+        seq.num_in_flight -= 1
+        seq.max_in_flight_tokens -= max_tokens if min_tokens else 0
+        seq.min_in_flight_tokens -= min_tokens
+        if seq.status is Status.ENDED:
+            self._discard(seq)
+        else:
+            self._end(seq, FinishReason.ERROR)
 
     def _discard(self, seq: Sequence) -> None:
         self.stats.steps_discarded += 1

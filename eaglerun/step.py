@@ -115,6 +115,8 @@ class StepResult:
     prompt_logprobs[c]   of the token that follows each of the chunk's, as far as it is known before
                          sampling (one fewer in a chunk that samples); () where not asked
     num_experts          distinct experts read by the decode rows, summed over the layers
+    broken[b]            the target's numbers for decode row b are not finite: its ids mean nothing;
+                         broken_prefill[c] likewise of chunk c; empty where none is
     """
 
     step_id: int
@@ -125,4 +127,6 @@ class StepResult:
     prefill_logprobs: tuple[TokenLogprobs | None, ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     num_experts: int = 0
+    broken: tuple[bool, ...] = ()
+    broken_prefill: tuple[bool, ...] = ()
     times: StepTimes = StepTimes()

@@ -168,6 +168,8 @@ def _readiness(status: EngineStatus) -> tuple[answers.EngineState, str | None]:
         return "draining", "the server is shutting down"
     if not status.ready:
         return "loading", f"the model is loading: {status.stage}"
+    if status.broken:
+        return "broken", "the model's numbers are not finite (NaN or Inf), answer after answer"
     return "ready", None
 
 

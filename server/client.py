@@ -38,6 +38,7 @@ class EngineStatus:
     alive            its process lives
     draining         the server takes no more requests and ends
     stage            what it last did to load
+    broken           answer after answer ends because the model's numbers are not finite
     hung             requests are open and no step came for longer than allowed
     last_step_age_s  since the last step (since it was ready, before the first)
     kv_usage         share of the KV blocks that running sequences hold, 0 to 1
@@ -56,6 +57,7 @@ class EngineStatus:
     config_toml: str
     draining: bool = False
     stage: str = ""
+    broken: bool = False
 
 
 class EngineClient(Protocol):

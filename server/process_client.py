@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 # How long an engine that was told to stop may take before it is killed.
 STOP_S = 5.0
 DIED = "the engine died"
+# So many answers in a row whose numbers are not finite make the server not ready, for so long.
+BROKEN_AFTER, BROKEN_FOR_S = 3, 60.0
 
 
 class RequestEvents:
@@ -149,6 +151,8 @@ class ProcessClient:
         self._alive = False
         self._draining = False
         self._stage = "starting"
+        # Answers in a row that ended because their numbers were not finite, and when the last did.
+        self._num_broken, self._broken_s = 0, 0.0
         # What open requests are told when the process ends; the last frames of one that was asked
         # to stop may be lost with it.
         self._end_message = DIED
@@ -352,7 +356,12 @@ class ProcessClient:
         if not events.last_s[event.index]:
             self._begin(events, 1)
         events.put(event)
-        if event.reason is not FinishReason.ABORT:
+        if event.reason is FinishReason.ERROR:
+            self._metrics.failed += 1
+            self._num_broken += 1
+            self._broken_s = now
+        elif event.reason is not FinishReason.ABORT:
+            self._num_broken = 0
             first_s = events.first_s[event.index]
             self._metrics.on_finished(event, events.submitted_s, first_s, now)
         if not events.num_open:
@@ -394,6 +403,8 @@ class ProcessClient:
             alive=self._alive,
             draining=self._draining,
             stage=self._stage,
+            broken=self._num_broken >= BROKEN_AFTER
+            and self._loop.time() - self._broken_s < BROKEN_FOR_S,
             hung=bool(self._open) and age > self._hung_after_s,
             last_step_age_s=age,
             num_running=self.totals.num_running,

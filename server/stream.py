@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from eaglerun.errors import CapacityError, EngineError, RequestError
-from eaglerun.messages import Event, Failed, Finished, Request, Tokens
+from eaglerun.messages import Event, Failed, Finished, FinishReason, Request, Tokens
 from eaglerun.server.client import EngineClient, Events
 from eaglerun.server.failures import (
     RETRY_AFTER,
@@ -27,6 +27,7 @@ from eaglerun.server.failures import (
 
 log = logging.getLogger(__name__)
 
+NOT_FINITE = "the model's numbers for this request are not finite (NaN or Inf); it was ended"
 DONE = b"data: [DONE]\n\n"
 # In the scope: the HTTP server's own send. The layers above it look at the first message of an
 # answer only, so that the others need not pass through them.
@@ -130,6 +131,8 @@ class Answer(Response):
         if type(event) is Tokens:
             return self._writer.tokens(event)
         if type(event) is Finished:
+            if event.reason is FinishReason.ERROR:
+                raise ApiError(500, NOT_FINITE, code="not_finite")
             return self._writer.finished(event)
         assert type(event) is Failed
         raise ApiError(503, event.message, headers=RETRY_AFTER)

@@ -23,14 +23,21 @@ from eaglerun.server.engine_process import Served, run
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path, required=True)
-    checkpoint = parser.parse_args().checkpoint
+    parser.add_argument("--poison", type=int, help="a token whose embedding becomes NaN")
+    parser.add_argument("--broken-layer", type=int, help="a layer whose weights are NaN")
+    flags = parser.parse_args()
+    checkpoint = flags.checkpoint
     torch.set_num_threads(1)
 
     def make_engine(config: Config, progress: Callable[[str], None]) -> Served:
         models = tiny_pair(vocab_size=TOKENIZER.get_vocab_size(), noise=0.3)
         models = dataclasses.replace(models, tokenizer=TOKENIZER, path=checkpoint)
+        if flags.broken_layer is not None:
+            models.target.layers[flags.broken_layer].self_attn.o_proj.weight.fill_(torch.nan)
         engine = Engine(config, models)
         warm_up(engine)
+        if flags.poison is not None:
+            models.target.embed_tokens.weight[flags.poison] = torch.nan
         return Served(engine, checkpoint)
 
     return run(make_engine)

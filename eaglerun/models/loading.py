@@ -191,8 +191,8 @@ def _checkpoint_files(path: Path) -> dict[Path, frozenset[str]]:
         for name, file in weight_map.items():
             if not isinstance(file, str) or not _stays_inside(file):
                 raise CheckpointError(
-                    f"{path / INDEX} is no index: {shown(name)} is in {shown(file)}, which names no "
-                    "file of the checkpoint"
+                    f"{path / INDEX} is no index: {shown(name)} is in {shown(file)}, which names "
+                    "no file of the checkpoint"
                 )
             promised.setdefault(file, set()).add(name)
         missing = sorted(file for file in promised if not (path / file).is_file())
@@ -285,9 +285,18 @@ def _stream(plan: Plan, tensors: dict[str, Tensor], progress: bool | None, what:
     size = sum(tensors[piece.parameter][piece.where].nbytes for piece in pieces)
     with torch.no_grad(), byte_bar(progress, what, size) as bar:
         for file, wanted in plan.items():
+            flags = []
             with _opened(file) as stored:
                 for name, piece in wanted:
-                    _copy(stored, name, tensors[piece.parameter][piece.where], bar.update)
+                    destination = tensors[piece.parameter][piece.where]
+                    _copy(stored, name, destination, bar.update)
+                    flags.append(destination.isfinite().all())
+            # One wait for the device in each file.
+            if flags and not all(finite := torch.stack(flags).tolist()):
+                broken = [name for (name, _), fine in zip(wanted, finite, strict=True) if not fine]
+                raise CheckpointError(
+                    f"{file}: NaN or Inf, as stored or in the model's dtype, in {_listed(broken)}"
+                )
 
 
 def _copy(stored: Any, name: str, destination: Tensor, copied: Callable[[int], object]) -> None:

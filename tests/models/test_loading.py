@@ -355,6 +355,16 @@ def test_a_long_list_of_faults_is_cut(saved, spec, tmp_path):
     assert refusal(new_target(spec), written(tmp_path, tensors)).endswith("; and 28 more")
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite(saved, spec, tmp_path, value):
+    tensors = load_file(saved[0] / "model.safetensors")
+    name = next(name for name in tensors if "experts.1." in name or "mlp" in name)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"model.safetensors: NaN or Inf.* in {name}$"):
+        load_target(new_target(spec), tmp_path, spec)
+
+
 def test_broken_files(saved, spec, tmp_path):
     model = new_target(spec)
     assert "holds no *.safetensors" in refusal(model, tmp_path)

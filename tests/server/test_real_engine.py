@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from served import Http, drive, metric, serving, write_checkpoint
+from served import Http, drive, metric, serving, started, write_checkpoint
 
 NUM_STREAMS = 256
 NUM_ALONE = 8
@@ -75,3 +75,38 @@ def test_256_streams_with_leavers_equal_the_same_alone(tmp_path: Path):
         drive(url, load)
         server.process.terminate()
         assert server.wait_for_end() == 0
+
+
+def test_answers_that_are_not_finite_are_errors(tmp_path: Path):
+    """And the server is not ready while they repeat; others are not touched."""
+    checkpoint = write_checkpoint(tmp_path)
+    bad, poison = {"prompt": [5, 9, 6], "max_tokens": 4, "temperature": 0}, 9
+    good = {"prompt": [5, 6], "max_tokens": 4, "temperature": 0, "logit_bias": {str(poison): -100}}
+
+    async def load(http: Http) -> None:
+        for i in range(3):
+            assert (await http.ask("/health/ready")).status == 200
+            reply = await http.ask("/v1/completions", bad | {"stream": i == 1})
+            assert reply.status == 500
+            error = (await reply.json())["error"]
+            assert error["code"] == "not_finite" and "NaN" in error["message"]
+        ready = await http.ask("/health/ready")
+        assert ready.status == 503
+        assert (await ready.json())["status"] == "broken"
+        assert (await http.ask("/v1/completions", good)).status == 200
+        assert (await http.ask("/health/ready")).status == 200
+        text = (await (await http.ask("/metrics")).body()).decode()
+        assert metric(text, ENDED, finished_reason="error") == 3
+        assert metric(text, "eaglerun:requests_failed_total") == 3
+
+    script, flags = "tiny_engine.py", ("--num-kv-blocks", "100")
+    with serving(checkpoint, *flags, script=script, engine=f"--poison {poison}") as (_, url):
+        drive(url, load)
+
+
+def test_a_model_that_computes_nan_does_not_start(tmp_path: Path):
+    checkpoint = write_checkpoint(tmp_path)
+    with started(checkpoint, script="tiny_engine.py", engine="--broken-layer 2") as server:
+        assert server.wait_for_end() == 2
+        assert "computes NaN or Inf, first in layer 2" in server.log[-1]
+        assert not any("Traceback" in line for line in server.log)
