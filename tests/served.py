@@ -35,6 +35,9 @@ class Server:
         self.process = process
         self.log: list[str] = []
         self._lines: queue.Queue[str | None] = queue.Queue()
+        # Cleared: the log is not read.
+        self.reads = threading.Event()
+        self.reads.set()
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 
@@ -42,6 +45,7 @@ class Server:
         assert self.process.stderr is not None
         with self.process.stderr as lines:
             for line in lines:
+                self.reads.wait()
                 self._lines.put(line)
         self._lines.put(None)
 
@@ -84,6 +88,7 @@ def started(
     finally:
         process.kill()
         process.wait()
+        server.reads.set()
         # Ends with the engine, which ends with the server.
         server.reader.join()
 
