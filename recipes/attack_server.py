@@ -521,8 +521,8 @@ def overload(size: Size) -> Found:
     p99 = 1e3 * quick[int(0.99 * len(quick))]
     figure = (
         f"{len(accepted)} accepted, p99 {slow[int(0.99 * len(slow))]:.2f} s; {len(rejected)} "
-        f"rejected, p50 {1e3 * statistics.median(quick):.1f}, p99 {p99:.1f} ms, Retry-After on {hinted}; "
-        f"{ms:.2f} ms of CPU a request; RSS {memory[0]} to {memory[-1]} MiB"
+        f"rejected, p50 {1e3 * statistics.median(quick):.1f}, p99 {p99:.1f} ms, Retry-After on "
+        f"{hinted}; {ms:.2f} ms of CPU a request; RSS {memory[0]} to {memory[-1]} MiB"
     )
     held = slow[-1] < 10 and hinted == len(rejected) and ms < 1.5 and memory[-1] - memory[0] < 16
     return Found(figure, held and (p99 < 10 or len(os.sched_getaffinity(0)) < 4))
