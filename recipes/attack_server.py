@@ -34,7 +34,7 @@ from scripted_engine import text_of  # noqa: E402
 from served import Http, Server, drive, serving, write_checkpoint  # noqa: E402
 
 MAX_RSS_MIB = 1024
-ENDLESS = {"prompt": [1], "max_tokens": 1 << 28, "stream": True}
+ENDLESS = {"prompt": [1], "max_tokens": 1_000_000, "stream": True}
 HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 GET = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -288,8 +288,13 @@ def bodies(size: Size) -> Found:
         "ids": ("/detokenize", b'"tokens":[' + b"7," * min(8_000_000, full // 2) + b"7]"),
         "text": ("/v1/completions", b'"max_tokens":1,"prompt":"' + b"ab " * (full // 6) + b'"'),
     }
+    attacks["a million ids"] = (
+        "/v1/completions",
+        b'"max_tokens":1,"prompt":[' + b"7," * min(999_999, full // 2) + b"7]",
+    )
     said, gaps, healths = [], [], []
-    with attacked() as (_, url, pid):
+    engine = "--pause-ms 10 --num-accepted 0 --max-model-len 1048576"
+    with attacked(engine=engine) as (_, url, _):
         quiet = Watch(url)
         time.sleep(1)
         base, _ = quiet.stop()

@@ -1,6 +1,6 @@
 """The routes. create_app() builds everything from what it is given; nothing here is global."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -93,8 +93,8 @@ def create_app(
     return app
 
 
-def _router(backend: Backend) -> APIRouter:
-    return APIRouter(route_class=json_route(backend.chat), responses=ERRORS)
+def _router(backend: Backend, check_room: Callable[[], None] | None = None) -> APIRouter:
+    return APIRouter(route_class=json_route(backend.chat, check_room), responses=ERRORS)
 
 
 def _answer(model: type) -> Responses:
@@ -106,7 +106,7 @@ def _answer(model: type) -> Responses:
 
 
 def _generation(backend: Backend) -> APIRouter:
-    router = _router(backend)
+    router = _router(backend, backend.client.check_room)
 
     @router.post("/v1/chat/completions", responses=_answer(answers.ChatCompletion))
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:

@@ -128,8 +128,9 @@ class ReducedRequest(JsonRequest):
         return self.reduced
 
 
-def json_route(chat: Chat) -> type[APIRoute]:
-    """Routes whose bodies are JSON. A client that goes away ends the work on its request."""
+def json_route(chat: Chat, check_room: Callable[[], None] | None = None) -> type[APIRoute]:
+    """Routes whose bodies are JSON. A client that goes away ends the work on its request; what
+    ``check_room`` refuses is refused before anything of it is read."""
 
     class JsonRoute(APIRoute):
         """HEAD is answered where GET is."""
@@ -153,6 +154,8 @@ def json_route(chat: Chat) -> type[APIRoute]:
             handle = super().get_route_handler()
 
             async def handle_json(request: Request) -> Response:
+                if check_room is not None:
+                    check_room()
                 json_request = JsonRequest(request.scope, request.receive)
                 content = await json_request.body()
                 try:

@@ -72,6 +72,10 @@ class EngineClient(Protocol):
         """
         ...
 
+    def check_room(self) -> None:
+        """CapacityError where any request would be refused now for want of room."""
+        ...
+
     def status(self) -> EngineStatus: ...
 
     def speculation(self) -> SpeculationStats:

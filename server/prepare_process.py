@@ -365,6 +365,8 @@ class _Snapshot:
     async def submit(self, request: Request) -> Events:
         raise AssertionError("nothing runs here")
 
+    def check_room(self) -> None: ...
+
     def status(self) -> EngineStatus:
         return self._status
 

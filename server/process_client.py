@@ -281,10 +281,17 @@ class ProcessClient:
             raise EngineError("the engine is not ready")
         if request.request_id in self._open:
             raise RequestError("request_id", f"{request.request_id!r} is already running")
-        answers = self._num_waiting + request.sampling.n
-        tokens = self._num_waiting_tokens + len(request.prompt_ids)
+        self._check_room(request.sampling.n, len(request.prompt_ids))
+
+    def check_room(self) -> None:
+        """See EngineClient."""
+        self._check_room(1, 1)
+
+    def _check_room(self, answers: int, tokens: int) -> None:
+        """CapacityError unless so many may wait too."""
         if self._num_waiting and (
-            answers > self._limits.max_answers or tokens > self._limits.max_tokens
+            self._num_waiting + answers > self._limits.max_answers
+            or self._num_waiting_tokens + tokens > self._limits.max_tokens
         ):
             self._metrics.refused["queue full"] += 1
             raise CapacityError("too many requests are waiting; try again later")

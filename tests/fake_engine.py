@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
-from eaglerun.errors import RequestError
+from eaglerun.errors import CapacityError, RequestError
 from eaglerun.messages import (
     Event,
     Failed,
@@ -123,8 +123,13 @@ class FakeEngine:
     hung: bool = False
     draining: bool = False
     stage: str = ""
+    is_full: bool = False
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+
+    def check_room(self) -> None:
+        if self.is_full:
+            raise CapacityError("the queue is full")
 
     async def submit(self, request: Request) -> "FakeEvents":
         if self.refusal is not None:
@@ -174,6 +179,9 @@ class Stage:
 
     async def submit(self, request: Request) -> "FakeEvents":
         return await self._engine.submit(request)
+
+    def check_room(self) -> None:
+        self._engine.check_room()
 
     def status(self) -> EngineStatus:
         return self._engine.status()

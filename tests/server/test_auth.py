@@ -287,3 +287,11 @@ def test_why_it_is_not_ready():
     ):
         found = get(make_app(FakeEngine(**fields)), "/health/ready").json()
         assert (found["status"], found["reason"]) == (status, reason)
+
+
+def test_a_full_queue_refuses_before_it_reads():
+    app = make_app(FakeEngine(is_full=True))
+    reply = post(app, "/v1/chat/completions", None, chunks=[b"not read"])
+    assert reply.status == 503 and reply.error["code"] == "overloaded"
+    assert reply.headers["retry-after"] == "1"
+    assert post(app, "/tokenize", {"prompt": "x"}).status == 200

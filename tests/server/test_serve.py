@@ -209,6 +209,8 @@ def test_a_full_queue_answers_at_once(checkpoint: Path):
             assert "waiting" in (await refused.json())["error"]["message"]
         # The median: this machine may be busy with something else.
         assert sorted(times)[10] < 0.010
+        reason = "eaglerun:requests_refused_total"
+        assert metric(await metrics(http), reason, reason="queue full") == 20
 
     flags = ("--max-queued-requests", "1")
     with serving(checkpoint, *flags, engine="--max-num-seqs 1 --pause-ms 5") as (_, url):
