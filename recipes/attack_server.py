@@ -536,7 +536,7 @@ def overload(size: Size) -> Found:
 def disconnects(size: Size) -> Found:
     """Clients that leave in every state, and neighbours whose bytes are compared."""
     wrong = 0
-    with attacked(engine="--max-num-seqs 64 --pause-ms 1") as (_, url, pid):
+    with attacked(engine="--max-num-seqs 64 --pause-ms 1") as (server, url, pid):
         before = rss_mib(pid)
 
         async def neighbour(http: Http, number: int) -> None:
@@ -580,8 +580,12 @@ def disconnects(size: Size) -> Found:
         done = asyncio.Event()
         drive(url, load)
         grown = rss_mib(pid) - before
-    figure = f"{size.disconnects} left; answers of 8 neighbours that differ: {wrong}; +{grown} MiB"
-    return Found(figure, not wrong and grown < 32)
+        server.process.terminate()
+        server.wait_for_end()
+        traces = sum("Traceback" in line for line in server.log)
+    figure = f"{size.disconnects} left; answers of 8 neighbours that differ: {wrong}; "
+    figure += f"+{grown} MiB; tracebacks: {traces}"
+    return Found(figure, not wrong and not traces and grown < 32)
 
 
 ATTACKS: dict[str, Callable[[Size], Found]] = {

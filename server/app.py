@@ -158,6 +158,12 @@ def _models(backend: Backend) -> APIRouter:
     return router
 
 
+def loading_stage(line: str) -> str:
+    """A line of the start-up progress as anybody may read it: it can name paths."""
+    words = {"Loading": "reading weights", "KV": "KV memory is there", "Warming": "warming up"}
+    return words.get(line.partition(" ")[0], "starting")
+
+
 def _readiness(status: EngineStatus) -> tuple[answers.EngineState, str | None]:
     """A word for the engine's state, and why it is not ready."""
     if not status.alive:
@@ -167,7 +173,7 @@ def _readiness(status: EngineStatus) -> tuple[answers.EngineState, str | None]:
     if status.draining:
         return "draining", "the server is shutting down"
     if not status.ready:
-        return "loading", f"the model is loading: {status.stage}"
+        return "loading", f"the model is loading: {loading_stage(status.stage)}"
     if status.broken:
         return "broken", "the model's numbers are not finite (NaN or Inf), answer after answer"
     return "ready", None

@@ -8,11 +8,12 @@ import asyncio
 import re
 import zlib
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import orjson
 from fastapi.routing import APIRoute
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
@@ -114,9 +115,12 @@ class JsonRequest(Request):
         check_nodes(body, limits)
         return orjson.loads(body)
 
-    @property
-    def is_json(self) -> bool:
-        return _JSON_TYPE.match(self.headers.get("content-type", "")) is not None
+    def is_small(self, content: bytes) -> bool:
+        """Whether the body takes next to no time here, or is not looked at anyway."""
+        if len(content) <= SMALL_BYTES and count_nodes(content)[0] <= SMALL_VALUES:
+            return True
+        kind = self.headers.get("content-type", "")
+        return self.method != "POST" or _JSON_TYPE.match(kind) is None
 
 
 class ReducedRequest(JsonRequest):
@@ -157,24 +161,21 @@ def json_route(chat: Chat, check_room: Callable[[], None] | None = None) -> type
                 if check_room is not None:
                     check_room()
                 json_request = JsonRequest(request.scope, request.receive)
-                content = await json_request.body()
-                try:
-                    async with DisconnectWatch(request.receive):
-                        if not content or not json_request.is_json or _is_small(content):
-                            return await handle(json_request)
-                        return await _prepared(chat, json_request, content, handle)
-                finally:
-                    request.scope[HELD].release()
+                with suppress(ClientDisconnect):
+                    try:
+                        content = await json_request.body()
+                        async with DisconnectWatch(request.receive):
+                            if json_request.is_small(content):
+                                return await handle(json_request)
+                            return await _prepared(chat, json_request, content, handle)
+                    finally:
+                        request.scope[HELD].release()
                 # Nobody reads this.
                 return Response(status_code=499)
 
             return handle_json
 
     return JsonRoute
-
-
-def _is_small(content: bytes) -> bool:
-    return len(content) <= SMALL_BYTES and count_nodes(content)[0] <= SMALL_VALUES
 
 
 async def _prepared(

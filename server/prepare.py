@@ -104,6 +104,20 @@ class Source:
         with suppress(OSError):
             self._control.send(KILL + str(worker.pid).encode())
 
+    def watch(self) -> asyncio.Future[None]:
+        """Done when the process ends of itself, which it does only in error."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        file = os.pidfd_open(self.pid)
+
+        def on_end() -> None:
+            loop.remove_reader(file)
+            if not ended.done():
+                ended.set_result(None)
+
+        loop.add_reader(file, on_end)
+        return ended
+
     def end(self) -> None:
         """Kill it; its workers end with it. Nothing is waited for that could take long."""
         if not self._ended:

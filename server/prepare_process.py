@@ -83,6 +83,8 @@ def run_source(control: socket.socket) -> NoReturn:
     status = 1
     try:
         _die_with_parent()
+        # One text at a time is no work for several threads, which would take the memory of many.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         _serve_control(control)

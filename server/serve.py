@@ -28,7 +28,7 @@ from eaglerun.chat_template import RESERVED
 from eaglerun.config import Config, OutputConfig, ServerConfig
 from eaglerun.errors import ConfigError
 from eaglerun.server import wire
-from eaglerun.server.app import create_app
+from eaglerun.server.app import create_app, loading_stage
 from eaglerun.server.chat import Chat, load_sampling, load_vocabulary
 from eaglerun.server.hosts import AllowedHosts, allowed_hosts, is_loopback, trusted_proxies
 from eaglerun.server.http_limits import (
@@ -146,9 +146,18 @@ def keys_of(server: ServerConfig) -> tuple[str, ...]:
 def hosts_of(server: ServerConfig) -> AllowedHosts:
     return allowed_hosts(
         _words(server.allowed_hosts),
-        loopback_only=is_loopback(server.host),
+        loopback_only=_is_local(server),
         has_keys=bool(keys_of(server)),
     )
+
+
+def _is_local(server: ServerConfig) -> bool:
+    """Whether the address to listen on is this machine's alone; bind() says what is none."""
+    try:
+        found = socket.getaddrinfo(server.host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return is_loopback(server.host)
+    return is_loopback(str(found[0][4][0]).partition("%")[0])
 
 
 def proxies_of(server: ServerConfig) -> Callable[[str], bool]:
@@ -208,7 +217,7 @@ class Front:
 
     def __init__(self, counts: HttpCounts) -> None:
         self.app: ASGIApp = self._loading
-        self.stage = "starting"
+        self.stage = ""
         self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -226,7 +235,7 @@ class Front:
             response = Response()
         else:
             error = {
-                "message": f"the model is loading: {self.stage}",
+                "message": f"the model is loading: {loading_stage(self.stage)}",
                 "type": "server_error",
                 "param": None,
                 "code": "loading",
@@ -379,9 +388,9 @@ class _HttpProcess:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def _until_the_end(self, http: asyncio.Task[None]) -> int:
-        ended = self._client.ended
+        ended, unprepared = self._client.ended, self._source.watch()
         try:
-            await self._first(self._stop, ended, http)
+            await self._first(self._stop, ended, http, unprepared)
             if self._stop.done():
                 timeout_s = self._config.server.shutdown_timeout
                 log.info("Stopping: open requests have %g s to end", timeout_s)
@@ -392,6 +401,9 @@ class _HttpProcess:
                 drain.cancel()
             if ended.done():
                 log.error("the engine process ended, code %d; so does the server", ended.result())
+                return DIED
+            if unprepared.done():
+                log.error("the preparation process ended; so does the server")
                 return DIED
             if not self._stop.done():
                 # The HTTP server ended, which it does only in error.

@@ -279,7 +279,7 @@ def test_cached_prompts_are_shared_by_key():
 
 def test_why_it_is_not_ready():
     for fields, status, reason in (
-        ({"ready": False, "stage": "Warming up"}, "loading", "the model is loading: Warming up"),
+        ({"ready": False, "stage": "Warming up"}, "loading", "the model is loading: warming up"),
         ({"ready": False, "draining": True}, "draining", "the server is shutting down"),
         ({"hung": True}, "hung", "requests are open and no step came for 0.0 s"),
         ({"alive": False}, "dead", "the engine's process has ended"),

@@ -334,16 +334,61 @@ def test_the_work_of_a_killed_worker_goes_on_in_another(checkpoint: Path):
         drive(url, load)
 
 
+def test_the_server_ends_with_its_preparation_process(checkpoint: Path):
+    with serving(checkpoint) as (server, _):
+        pid = server.process.pid
+        [source] = [p for p in children(pid) if is_fork_of(p, pid)]
+        os.kill(source, signal.SIGKILL)
+        assert server.wait_for_end() == 1
+        assert any("the preparation process ended" in line for line in server.log)
+
+
+def test_a_client_that_leaves_inside_its_body_is_no_error(checkpoint: Path):
+    async def load(http: Http) -> None:
+        for content in (b"", b'{"prompt": '):
+            _, writer = await asyncio.open_connection(http.host, http.port)
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: {http.host}\r\n"
+            head += "content-type: application/json\r\ncontent-length: 100\r\n\r\n"
+            writer.write(head.encode() + content)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.transport.abort()
+        while True:
+            text = (await (await http.ask("/metrics")).body()).decode()
+            if metric(text, "eaglerun:http_responses_total", code="499") == 2:
+                break
+
+    with serving(checkpoint) as (server, url):
+        drive(url, load)
+        server.process.terminate()
+        assert server.wait_for_end() == 0
+        assert not any("Traceback" in line or "ERROR" in line for line in server.log)
+
+
+def test_a_large_body_where_none_is_read(checkpoint: Path):
+    async def load(http: Http) -> None:
+        reader, writer = await asyncio.open_connection(http.host, http.port)
+        content = b"[" + b"1," * (1 << 20) + b"1]"
+        head = f"GET /v1/models HTTP/1.1\r\nhost: {http.host}\r\nconnection: close\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
+        assert b" 200 " in await reader.readuntil(b"\r\n")
+        writer.close()
+
+    with serving(checkpoint) as (_, url):
+        drive(url, load)
+
+
+def is_fork_of(pid: int, parent: int) -> bool:
+    """Whether it runs the same command; the engine's process does not."""
+    found = [Path(f"/proc/{one}/cmdline").read_bytes() for one in (pid, parent)]
+    return found[0] == found[1]
+
+
 def workers(server_pid: int) -> list[int]:
     """Processes that the source has forked; the source has no other children."""
-    found = []
-    for child in children(server_pid):
-        if (
-            Path(f"/proc/{child}/cmdline").read_bytes()
-            == Path(f"/proc/{server_pid}/cmdline").read_bytes()
-        ):
-            found += children(child)
-    return found
+    sources = [child for child in children(server_pid) if is_fork_of(child, server_pid)]
+    return [worker for source in sources for worker in children(source)]
 
 
 def children(pid: int) -> list[int]:
