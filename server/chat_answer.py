@@ -83,12 +83,12 @@ class Choice:
     def logprobs(
         self, parts: list[Part], tokens: Iterable[TokenLogprobs] = ()
     ) -> list[TokenLogprobs]:
-        """What is now known of the content's tokens; nothing if nobody asked."""
+        """The tokens that are now known to be the content's; none if nobody asked."""
         return [] if self._content is None else self._content.take(tokens, parts)
 
     @property
     def finish_reason(self) -> str:
-        """As at OpenAI, a call of the function that the request named is no reason of its own."""
+        """The reason by OpenAI's rules: a call of the function that the request named is none."""
         assert self.finished is not None
         called = self._parser.num_calls and not self._is_named_call
         if self.finished.reason is FinishReason.STOP and called:

@@ -74,7 +74,7 @@ def neutral(*allowed: object) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-# What clients say for a cache that others have: nothing here changes by it.
+# Clients mark with it what others should cache: nothing here changes by it.
 _IGNORED = "cache_control"
 
 

@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import structs
 
@@ -25,7 +25,6 @@ from eaglerun.server.failures import RETRY_AFTER, ApiError, new_id, refuse
 from eaglerun.server.forced import with_chosen_tool
 from eaglerun.server.identity import CLIENT
 from eaglerun.server.parsers.output import OutputParser
-from eaglerun.server.parsers.schema import JsonSchema
 from eaglerun.server.prepared import PREPARED, Prompt
 from eaglerun.server.protocol import (
     ChatCompletionRequest,
@@ -39,6 +38,7 @@ from eaglerun.server.responses_answer import ResponsesBody, ResponsesStream
 from eaglerun.server.responses_protocol import ResponsesRequest
 from eaglerun.server.settings import Settings
 from eaglerun.server.stream import Answer
+from eaglerun.server.tool_use import ToolUse, tool_use
 
 log = logging.getLogger(__name__)
 
@@ -61,52 +61,21 @@ class Backend:
         return self.settings.model_names[0]
 
 
-@dataclass(frozen=True, slots=True)
-class ToolUse:
-    """The tools of a request. ``schemas`` None: its output is not searched for calls.
-
-    forced    names of the tools of which one must be called;  is_named: the request named it
-    """
-
-    for_template: list[dict[str, Any]] | None = None
-    schemas: dict[str, JsonSchema] | None = None
-    forced: tuple[str, ...] = ()
-    is_named: bool = False
-
-
 async def chat_completion(backend: Backend, body: ChatCompletionRequest) -> Answer:
     """POST /v1/chat/completions."""
     _check(backend, body)
     functions = [tool.function for tool in body.tools or ()]
     choice = body.tool_choice
     named = None if choice is None or isinstance(choice, str) else choice.function.name
-    tools = _tool_use(
+    tools = tool_use(
         [function.model_dump(exclude_none=True, exclude={"strict"}) for function in functions],
         choice if isinstance(choice, str) else None,
         named,
         backend.settings.limits.max_tools,
     )
-    if body.top_logprobs and not body.logprobs:
-        raise refuse("top_logprobs", "needs logprobs to be true")
-    num_top = (body.top_logprobs or 0) if body.logprobs else None
-    names = {"prompt": "messages", "logprobs": "top_logprobs"}
-    max_tokens = body.max_completion_tokens
-    if max_tokens is None:
-        max_tokens = body.max_tokens
-    elif body.max_tokens not in (None, max_tokens):
-        raise refuse("max_tokens", "differs from max_completion_tokens")
-    else:
-        names["max_tokens"] = "max_completion_tokens"
     _check_continuation(body, tools)
-    _check_prompt_logprobs(body)
-    with _named(names):
-        sampling = body.params(
-            backend.settings,
-            n=_n(body.n),
-            max_tokens=max_tokens,
-            logprobs=num_top,
-            prompt_logprobs=body.prompt_logprobs,
-        )
+    include_usage = _include_usage(body)
+    sampling, names = _chat_sampling(body, backend.settings)
     prompt = await backend.chat.prompt(
         body.messages,
         tools.for_template,
@@ -128,8 +97,8 @@ async def chat_completion(backend: Backend, body: ChatCompletionRequest) -> Answ
         request,
         prompt,
         tools,
-        num_top_logprobs=num_top,
-        include_usage=_include_usage(body),
+        num_top_logprobs=sampling.logprobs,
+        include_usage=include_usage,
         continuous_usage=_continuous_usage(body),
         trace=body.speculation.tokens,
         return_token_ids=bool(body.return_token_ids),
@@ -144,7 +113,7 @@ async def response(backend: Backend, body: ResponsesRequest) -> Answer:
     if body.speculation.tokens:
         raise refuse("speculation.tokens", "is there for chat and completions only")
     choice = body.tool_choice
-    tools = _tool_use(
+    tools = tool_use(
         [
             tool.model_dump(exclude_none=True, exclude={"strict", "type"})
             for tool in body.tools or ()
@@ -187,22 +156,7 @@ async def completion(backend: Backend, body: CompletionRequest) -> Answer:
         raise refuse("prompt", f"{len(body.prompts)} prompts, allowed {allowed}")
     if body.stream and body.echo and body.logprobs is not None:
         raise refuse("echo", "with logprobs cannot be streamed")
-    if body.best_of not in (None, _n(body.n)):
-        raise refuse("best_of", f"{body.best_of} is not supported: only as many as n are made")
-    if body.max_tokens == 0 and not body.echo:
-        raise refuse("max_tokens", "0 needs echo to be true, for there would be no answer")
-    _check_prompt_logprobs(body)
-    sampling = body.params(
-        backend.settings,
-        n=_n(body.n),
-        # The engine makes one token at least; the echo alone leaves it out.
-        max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
-        logprobs=body.logprobs,
-        prompt_logprobs=body.prompt_logprobs,
-    )
-    if body.echo and body.logprobs is not None:
-        most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
-        sampling = replace(sampling, prompt_logprobs=most)
+    sampling = _completion_sampling(body, backend.settings)
     names: dict[str, str] = {}
     prompts = [
         (text, _truncated(backend, body, ids, sampling))
@@ -253,6 +207,52 @@ def _check(backend: Backend, body: Generation) -> None:
         raise refuse("speculation.num_draft_tokens", f"{wish} given, this server drafts {most}")
 
 
+def _chat_sampling(
+    body: ChatCompletionRequest, settings: Settings
+) -> tuple[SamplingParams, dict[str, str]]:
+    """Sampling parameters, and the request's names of those that it calls otherwise."""
+    if body.top_logprobs and not body.logprobs:
+        raise refuse("top_logprobs", "needs logprobs to be true")
+    _check_prompt_logprobs(body)
+    names = {"prompt": "messages", "logprobs": "top_logprobs"}
+    max_tokens = body.max_completion_tokens
+    if max_tokens is None:
+        max_tokens = body.max_tokens
+    elif body.max_tokens not in (None, max_tokens):
+        raise refuse("max_tokens", "differs from max_completion_tokens")
+    else:
+        names["max_tokens"] = "max_completion_tokens"
+    with _named(names):
+        sampling = body.params(
+            settings,
+            n=_n(body.n),
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+    return sampling, names
+
+
+def _completion_sampling(body: CompletionRequest, settings: Settings) -> SamplingParams:
+    """Sampling parameters; an echo alone still makes one token, which its answer leaves out."""
+    if body.best_of not in (None, _n(body.n)):
+        raise refuse("best_of", f"{body.best_of} is not supported: only as many as n are made")
+    if body.max_tokens == 0 and not body.echo:
+        raise refuse("max_tokens", "0 needs echo to be true, for there would be no answer")
+    _check_prompt_logprobs(body)
+    sampling = body.params(
+        settings,
+        n=_n(body.n),
+        max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    if body.echo and body.logprobs is not None:
+        most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
+        sampling = replace(sampling, prompt_logprobs=most)
+    return sampling
+
+
 def _check_continuation(body: ChatCompletionRequest, tools: ToolUse) -> None:
     """Which turn the answer belongs to."""
     if body.continue_final_message and body.add_generation_prompt:
@@ -280,16 +280,24 @@ def _named(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def _truncated(
-    backend: Backend, body: Generation, token_ids: tuple[int, ...], sampling: SamplingParams
+    backend: Backend,
+    body: Generation,
+    token_ids: tuple[int, ...],
+    sampling: SamplingParams,
+    more: int = 0,
 ) -> tuple[int, ...]:
-    """The prompt, without what truncate_prompt_tokens cuts off its beginning."""
+    """The prompt, without what truncate_prompt_tokens cuts off its beginning.
+
+    ``more`` tokens may come to it.
+    """
     most = body.truncate_prompt_tokens
     if most is None:
         return token_ids
     if most == 0 or most < -1:
         raise refuse("truncate_prompt_tokens", f"{most} given, allowed are -1 and from 1 on")
     if most == -1:
-        most = max(1, backend.client.status().max_model_len - (sampling.max_tokens or 1))
+        limit = backend.client.status().max_model_len
+        most = max(1, limit - more - (sampling.max_tokens or 1))
     return token_ids[-most:]
 
 
@@ -303,7 +311,7 @@ async def _request(
 ) -> tuple[Prompt, Request]:
     """The engine's request, and the prompt with the tool that it calls, if it is forced to."""
     longest = max((len(ids) for _, ids in prompt.tails), default=0)
-    token_ids = _truncated(backend, body, prompt.token_ids, sampling)
+    token_ids = _truncated(backend, body, prompt.token_ids, sampling, longest)
     prompt = structs.replace(prompt, token_ids=token_ids)
     request = _checked(backend, body, id_, token_ids, sampling, names, longest)
     if prompt.tails:
@@ -344,39 +352,6 @@ def _checked(
     # A client's own salt cannot be another's name.
     salt = f"{client.salt}:{body.cache_salt}" if client.salt else body.cache_salt
     return Request(id_, token_ids, sampling, body.priority, salt)
-
-
-def _tool_use(
-    functions: Sequence[dict[str, Any]],
-    choice: Literal["none", "auto", "required"] | None,
-    named: str | None,
-    max_tools: int,
-) -> ToolUse:
-    """Tools as the template, the parser and a forced call need them."""
-    if len(functions) > max_tools:
-        raise refuse("tools", f"{len(functions)} given, allowed {max_tools}")
-    names = [function["name"] for function in functions]
-    if len(set(names)) < len(names):
-        raise refuse("tools", "two have the same name")
-    if not functions:
-        if named is not None or choice == "required":
-            raise refuse("tool_choice", "needs tools")
-        return ToolUse()
-    if named is not None and named not in names:
-        raise refuse("tool_choice", "names no function of tools")
-    if choice == "none":
-        return ToolUse()
-    forced = (named,) if named is not None else tuple(names) if choice == "required" else ()
-    return ToolUse(
-        for_template=[{"type": "function", "function": function} for function in functions],
-        schemas={
-            function["name"]: function.get("parameters", {})
-            for function in functions
-            if named is None or function["name"] == named
-        },
-        forced=forced,
-        is_named=named is not None,
-    )
 
 
 def _chat_options(
@@ -500,7 +475,7 @@ def _include_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:
 
 
 def _continuous_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:
-    """Whether every chunk says what was used so far; that goes with the usage at the end."""
+    """True if every chunk is to say what was used so far; that goes with usage at the end."""
     options = body.stream_options
     return _include_usage(body) and bool(options and options.continuous_usage_stats)
 

@@ -206,7 +206,7 @@ ArgumentsText = Annotated[
 ]
 
 
-# Of a call in a history: the model may have called what does not exist.
+# The name of a call in a history: the model may have called what does not exist.
 CalledName = Annotated[str, Field(min_length=1, max_length=512)]
 
 

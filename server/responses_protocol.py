@@ -145,7 +145,7 @@ class ResponsesRequest(ChatFields):
     # The reasoning comes as it is, and may be sent back so.
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     background: Literal[False] | None = None
-    # Of tools that run on the server: there are none.
+    # It counts tools that run on the server: there are none.
     max_tool_calls: Int | None = None
     top_logprobs: Annotated[int | None, neutral(0)] = None
     previous_response_id: Absent = None

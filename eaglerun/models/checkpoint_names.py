@@ -12,7 +12,7 @@ from eaglerun.spec import DraftSpec, TargetSpec
 
 Shape = tuple[int, ...]
 
-# What older libraries saved of rotary embeddings beside the weights.
+# Tables of rotary embeddings, which older libraries saved beside the weights.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
@@ -49,7 +49,7 @@ class NameMap:
     zeros: set[str] = field(default_factory=set)
 
     def is_skipped(self, name: str) -> bool:
-        """Whether a tensor has no place here: another part's, or a table that is computed."""
+        """A tensor without a place here: another part's, or a table that is computed."""
         return name.startswith(self.skipped) or name.endswith(COMPUTED)
 
     def must_be_zero(self, name: str) -> bool:

@@ -32,7 +32,7 @@ class _Kind(Enum):
 
 
 class Place(Enum):
-    """What may stand where the parser is.
+    """The kinds of place in a call, by what may stand there.
 
     CALL    parameters, directly in the call
     STRING  text, up to the closing tag
@@ -143,7 +143,7 @@ class Arguments:
         return self._stack[-1].place
 
     def closes(self, name: str) -> bool:
-        """Whether this name closes the innermost element that has tags."""
+        """True if this name closes the innermost element that has tags."""
         top = next(element for element in reversed(self._stack) if not element.implied)
         return top.parent is not None and name in (top.name, top.keyword)
 
@@ -156,7 +156,7 @@ class Arguments:
         return schema.has_member(name) or schema.items().has_member(name)
 
     def allows(self, name: str) -> bool:
-        """Whether there may be a member of this name: there is, or the schema names none."""
+        """True if there may be a member of this name: there is, or the schema names none."""
         return self.expects(name) or not self._stack[-1].schema.has_members
 
     def text(self, text: str) -> None:

@@ -28,7 +28,7 @@ class OutputParser:
         self._tools = None
         if tools is not None:
             self._tools = ToolParser(tools, max_calls, only_offered=bool(forced))
-        # What the prompt brought is no part of the generated text.
+        # The prompt brought it, so it is no part of the generated text.
         self._num_forced = len(forced)
         self._first: list[Part] = []
         if forced:

@@ -20,7 +20,7 @@ _MARKER_STARTS = (THINK_OPEN[:4], THINK_CLOSE[:5])
 
 
 class Start(Enum):
-    """Where the prompt leaves the model."""
+    """The place in an answer at which the prompt ends."""
 
     TURN = auto()
     REASONING = auto()
@@ -57,7 +57,7 @@ class ReasoningParser:
         self._state = _STATES[start]
         self._has_tools = has_tools
         self._held = ""
-        # Where the held text begins.
+        # The place of the held text.
         self._at = 0
 
     @property
@@ -85,7 +85,7 @@ class ReasoningParser:
         return parts
 
     def finish(self, cut: bool = False) -> list[Part]:
-        """What was held back, once the text has ended. ``cut``: by a limit, in a marker maybe."""
+        """The text that was held back. ``cut``: a limit ended it, in a marker maybe."""
         text, self._held = self._held, ""
         if self._state is _State.CALL_IN_REASONING:
             blocks = _blocks_at_end(text)

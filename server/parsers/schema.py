@@ -37,7 +37,7 @@ class Schema:
 
     @cached_property
     def has_members(self) -> bool:
-        """Whether members are named at all."""
+        """True if members are named at all."""
         return any(_mapping(node, "properties") for node in self._alternatives)
 
     def has_member(self, name: str) -> bool:

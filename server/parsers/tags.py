@@ -112,7 +112,7 @@ class Lexer:
         return tokens
 
     def finish(self) -> list[Token]:
-        """What was held back."""
+        """The text that was held back."""
         text, self._held = self._held, ""
         if not text:
             return []

@@ -108,7 +108,7 @@ class ToolParser:
         self._space: list[Text] = []
         self._says_something = False
         self._parts: list[Part] = []
-        # Whether the call that is open is passed on.
+        # The call that is open is passed on.
         self._is_passed_on = False
         self.num_calls = 0
 

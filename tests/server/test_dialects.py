@@ -1,4 +1,4 @@
-"""What models really write: one row for each form of M3's syntax, whole or broken or quoted.
+"""Answers as models really write them: a row for each form of M3's syntax, broken ones too.
 
 Every row is parsed as one text, character by character, and in random pieces. '~' stands for the
 namespace marker.

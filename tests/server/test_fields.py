@@ -1,4 +1,4 @@
-"""What clients really send, field by field: what is honoured does something, the rest nothing."""
+"""Requests as clients really send them, field by field: with an effect, without, or refused."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def prompt_text(request: Request) -> str:
 
 
 def told(path: str, **fields: Any) -> tuple[str, Any]:
-    """What the engine is asked for: prompt and sampling."""
+    """The prompt and the sampling that the engine is asked for."""
     engine = says("x")
     send(engine, path, **fields)
     return prompt_of(engine), engine.requests[-1].sampling

@@ -159,7 +159,7 @@ def test_tools(client, model, choice):
         "temperature": 0,
     }
     [found] = client.chat.completions.create(**fields).choices
-    # As at OpenAI, the call of a function that was named is no reason of its own.
+    # The call of a function that was named is no reason of its own, as at OpenAI.
     assert found.finish_reason == ("tool_calls" if choice == "required" else "stop")
     call = found.message.tool_calls[0]
     assert call.type == "function" and call.id

@@ -57,7 +57,7 @@ def written(value: Any) -> str:
 
 
 def is_clear(value: Any, name: str = "") -> bool:
-    """Whether no string holds tags of its own name, which no reader could tell from its end."""
+    """True if no string holds tags of its own name, which no reader could tell from its end."""
     if isinstance(value, dict):
         return all(is_clear(member, key) for key, member in value.items())
     if isinstance(value, list):
