@@ -332,7 +332,8 @@ def preparation(size: Size) -> Found:
     """Four prompts of 8 MB; then a short one. Again, with clients that leave at once."""
     text = "word and more " * (min(size.mib, 8) * 72_000)
     waits, peaks = [], []
-    with attacked() as (_, url, pid):
+    engine = "--pause-ms 10 --num-accepted 0 --max-model-len 1048576"
+    with attacked(engine=engine) as (_, url, pid):
 
         async def load(http: Http) -> None:
             for leave in (False, True):
@@ -344,6 +345,7 @@ def preparation(size: Size) -> Found:
                         task.cancel()
                     for writer in http.writers:
                         writer.close()
+                peaks.append(tree_mib(pid))
                 begin = time.perf_counter()
                 await http.ask("/v1/chat/completions", HI)
                 waits.append(time.perf_counter() - begin)

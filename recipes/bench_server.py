@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from served import serving, write_checkpoint  # noqa: E402
+from served import children, serving, write_checkpoint  # noqa: E402
 
 ROUTES = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Go."}]}),
@@ -139,9 +139,9 @@ def run(flags: argparse.Namespace, count: int, engine: str, timed: bool) -> Cost
         checkpoint = write_checkpoint(Path(directory))
         with serving(checkpoint, engine=engine) as (server, url):
             pid = server.process.pid
-            [engine_pid] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             pin(pid, LAST_CORE)
-            pin(int(engine_pid), OTHER_CORES)
+            for child in children(pid):
+                pin(child, OTHER_CORES)
             with streams(url, flags.route, count) as selector:
                 profiler = None
                 if flags.profile and not timed:

@@ -133,6 +133,22 @@ class Reply:
             yield (await self.reader.readexactly(size + 2))[:-2]
 
 
+def children(pid: int) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_fork_of(pid: int, parent: int) -> bool:
+    """Whether it runs the same command; the engine's process does not."""
+    found = [Path(f"/proc/{one}/cmdline").read_bytes() for one in (pid, parent)]
+    return found[0] == found[1]
+
+
+def engine_of(server_pid: int) -> int:
+    """The engine's process; the server's other child prepares prompts."""
+    [engine] = [pid for pid in children(server_pid) if not is_fork_of(pid, server_pid)]
+    return engine
+
+
 class Http:
     """Requests, each on a connection of its own; all are closed at the end."""
 

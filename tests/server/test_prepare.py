@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_engine import get, make_app, post
-from served import Http, drive, metric, serving, write_checkpoint
+from served import Http, children, drive, is_fork_of, metric, serving, write_checkpoint
 
 from eaglerun.server.bodies import SMALL_BYTES, check_nodes, count_nodes
 from eaglerun.server.failures import MAX_MESSAGE, ApiError
@@ -379,17 +379,7 @@ def test_a_large_body_where_none_is_read(checkpoint: Path):
         drive(url, load)
 
 
-def is_fork_of(pid: int, parent: int) -> bool:
-    """Whether it runs the same command; the engine's process does not."""
-    found = [Path(f"/proc/{one}/cmdline").read_bytes() for one in (pid, parent)]
-    return found[0] == found[1]
-
-
 def workers(server_pid: int) -> list[int]:
     """Processes that the source has forked; the source has no other children."""
     sources = [child for child in children(server_pid) if is_fork_of(child, server_pid)]
     return [worker for source in sources for worker in children(source)]
-
-
-def children(pid: int) -> list[int]:
-    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -21,6 +21,7 @@ from served import (
     Reply,
     Server,
     drive,
+    engine_of,
     get,
     metric,
     serving,
@@ -81,14 +82,9 @@ async def until(http: Http, holds: Callable[[str], bool]) -> str:
     return text
 
 
-def engine_pid(server_pid: int) -> int:
-    [child] = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
-    return int(child)
-
-
 def test_a_killed_engine_ends_streams_and_server(checkpoint: Path):
     with serving(checkpoint) as (server, url):
-        pid = engine_pid(server.process.pid)
+        pid = engine_of(server.process.pid)
 
         async def load(http: Http) -> None:
             replies = await asyncio.gather(*(complete(http, ENDLESS) for _ in range(16)))
