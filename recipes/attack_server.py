@@ -81,7 +81,7 @@ def children(pid: int) -> list[int]:
 
 
 def tree_mib(pid: int) -> int:
-    """The server and all that it started."""
+    """The server and all that it started; memory they share counts more than once."""
     with suppress(OSError):
         return rss_mib(pid) + sum(map(tree_mib, children(pid)))
     return 0
@@ -335,7 +335,13 @@ def preparation(size: Size) -> Found:
     engine = "--pause-ms 10 --num-accepted 0 --max-model-len 1048576"
     with attacked(engine=engine) as (_, url, pid):
 
+        async def sample() -> None:
+            while True:
+                peaks.append(tree_mib(pid))
+                await asyncio.sleep(0.1)
+
         async def load(http: Http) -> None:
+            sampling = asyncio.create_task(sample())
             for leave in (False, True):
                 body = {"prompt": text, "max_tokens": 1}
                 long = [asyncio.create_task(http.ask("/v1/completions", body)) for _ in range(4)]
@@ -345,13 +351,11 @@ def preparation(size: Size) -> Found:
                         task.cancel()
                     for writer in http.writers:
                         writer.close()
-                peaks.append(tree_mib(pid))
                 begin = time.perf_counter()
                 await http.ask("/v1/chat/completions", HI)
                 waits.append(time.perf_counter() - begin)
-                while not leave and not all(task.done() for task in long):
-                    peaks.append(tree_mib(pid))
-                    await asyncio.sleep(0.1)
+                await asyncio.gather(*long, return_exceptions=True)
+            sampling.cancel()
 
         drive(url, load)
     figure = f'"Hi" waits {waits[0]:.2f} s, after they left {waits[1]:.2f} s; all processes '

@@ -304,7 +304,11 @@ class Safetensors(Target):
             b'{"__metadata__": {"format": "pt"}, "fc.weight": {"dtype": "BF16", "shape": [1, 2], '
             b'"data_offsets": [0, 4]}}    ',
         )
-    ] + [b'\1{"metadata": {}, "weight_map": {"fc.weight": "a.safetensors"}}']
+    ] + [
+        b'\1{"metadata": {}, "weight_map": {"fc.weight": "a.safetensors"}}',
+        # Found by atheris: a message of two lines.
+        b'\1{"metadata": {}, "weight_map": {"fc.": "a.safetA\\nsors"}}',
+    ]
 
     def __call__(self, data: bytes) -> None:
         directory = DIRECTORY / "weights"

@@ -211,7 +211,8 @@ def _checkpoint_files(path: Path) -> dict[Path, frozenset[str]]:
 def _stays_inside(file: str) -> bool:
     """Whether a name in an index leads to a file below the checkpoint's directory."""
     path = PurePosixPath(file)
-    return bool(file) and "\0" not in file and not path.is_absolute() and ".." not in path.parts
+    plain = file.isprintable() and bool(file) and not path.is_absolute()
+    return plain and ".." not in path.parts
 
 
 @contextmanager
@@ -276,7 +277,9 @@ def _tensor_faults(what: str, shape: tuple[int, ...], dtype: str, piece: Piece) 
 
 def _listed(faults: list[str]) -> str:
     more = len(faults) - MAX_FAULTS
-    return "; ".join(faults[:MAX_FAULTS]) + (f"; and {more} more" if more > 0 else "")
+    text = "; ".join(faults[:MAX_FAULTS]) + (f"; and {more} more" if more > 0 else "")
+    # A tensor may have any name, and a message is one line.
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def _stream(plan: Plan, tensors: dict[str, Tensor], progress: bool | None, what: str) -> None:

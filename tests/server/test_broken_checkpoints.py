@@ -12,6 +12,8 @@ from served import started, write_checkpoint
 from eaglerun.loader import DEMO
 from eaglerun.server.cli import main
 
+HEADER = b'{"a\\nb": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
+HEADER_OF_TWO_LINES = len(HEADER).to_bytes(8, "little") + HEADER
 INDEX = "model.safetensors.index.json"
 
 
@@ -39,6 +41,17 @@ def change(name: str, **values: Any) -> Callable[[Path], None]:
 
 def put(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda directory: write(directory, name, content)
+
+
+def alone(content: bytes) -> Callable[[Path], None]:
+    """All weights are in one file."""
+
+    def apply(directory: Path) -> None:
+        for file in (directory / INDEX, *directory.glob("*.safetensors")):
+            file.unlink()
+        write(directory, "model.safetensors", content)
+
+    return apply
 
 
 def renamed(file: str) -> Callable[[Path], None]:
@@ -81,6 +94,11 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         (renamed("/etc/passwd"), "names no file of the checkpoint"),
         (renamed("a/../../b.safetensors"), "names no file of the checkpoint"),
         (renamed("none.safetensors"), "are missing"),
+        (renamed("a\nb.safetensors"), "names no file of the checkpoint"),
+        (
+            alone(HEADER_OF_TWO_LINES),
+            r"tensor a\nb F32 (0,) belongs to no parameter",
+        ),
         (put("model-00002-of-00003.safetensors", b""), "cannot be read as safetensors"),
         (put("model-00002-of-00003.safetensors", b"\xff" * 64), "cannot be read as safetensors"),
         (put("model-00002-of-00003.safetensors", b"\x02\0\0\0\0\0\0\0{}"), "is missing"),
