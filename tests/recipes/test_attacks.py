@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "attack_server.py"
-QUICK = "heads names echoes disconnects".split()
+QUICK = "heads disconnects".split()
 LONG = (
-    "slow_heads bodies preparation admission caches templates not_finite unread_log overload"
+    "slow_heads names bodies preparation admission caches echoes templates not_finite unread_log "
+    "overload"
 ).split()
 
 

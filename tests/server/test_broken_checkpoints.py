@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 from served import started, write_checkpoint
 
+from eaglerun.config import resolve
+from eaglerun.errors import CheckpointError, ConfigError
 from eaglerun.loader import DEMO
+from eaglerun.server.chat import load_sampling
 from eaglerun.server.cli import main
+from eaglerun.server.prepare_jobs import Load
+from eaglerun.server.prepare_process import Preparer
+from eaglerun.server.serve import check_template_kwargs
+from eaglerun.server.settings import Settings
 
 HEADER = b'{"a\\nb": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
 HEADER_OF_TWO_LINES = len(HEADER).to_bytes(8, "little") + HEADER
@@ -131,29 +138,35 @@ def test_a_broken_settings_file_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("flags", "files", "words"),
+    ("name", "content", "words"),
     [
-        (("--chat-template-kwargs", "messages"), {}, "chat_template_kwargs = messages: expected"),
-        (("--chat-template-kwargs", "a b"), {}, "chat_template_kwargs = a b: expected"),
-        (("--allowed-hosts", "http://a"), {}, "allowed_hosts = http://a"),
-        (("--forwarded-allow-ips", "proxy"), {}, "forwarded_allow_ips = proxy"),
-        ((), {"chat_template.jinja": b"\xff"}, "chat_template.jinja is not UTF-8"),
-        ((), {"chat_template.jinja": b"{% if %}"}, "the chat template is broken in line 1"),
-        ((), {"chat_template.jinja": b"{{" + b"(" * 5000}, "the chat template is broken"),
-        ((), {"tokenizer.json": b"{}"}, "tokenizer.json is not a tokenizer"),
-        ((), {"tokenizer_config.json": b"[" * 100_000}, "tokenizer_config.json is not JSON"),
-        ((), {"generation_config.json": b"\xff"}, "generation_config.json is not UTF-8"),
-        ((), {"generation_config.json": b'{"temperature": -1}'}, "generation_config.json"),
-        ((), {"generation_config.json": b'{"top_k": "x"}'}, "generation_config.json"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8"),
+        ("chat_template.jinja", b"{% if %}", "the chat template is broken in line 1"),
+        ("chat_template.jinja", b"{{" + b"(" * 5000, "the chat template is broken"),
+        ("tokenizer.json", b"{}", "tokenizer.json is not a tokenizer"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is not JSON"),
+        ("generation_config.json", b"\xff", "generation_config.json is not UTF-8"),
+        ("generation_config.json", b'{"temperature": -1}', "generation_config.json"),
+        ("generation_config.json", b'{"top_k": "x"}', "generation_config.json"),
     ],
 )
-def test_what_the_http_side_cannot_serve_is_one_line(
-    tmp_path: Path, flags: tuple[str, ...], files: dict[str, bytes], words: str
-):
-    write_checkpoint(tmp_path)
-    for name, content in files.items():
-        write(tmp_path, name, content)
-    with started(tmp_path, *flags) as server:
+def test_what_the_http_side_reads(tmp_path: Path, name: str, content: bytes, words: str):
+    write(write_checkpoint(tmp_path), name, content)
+    with pytest.raises(CheckpointError, match=words):
+        load_sampling(tmp_path)
+        Preparer.load(Load(str(tmp_path), None, Settings(("m",), 1, "0"), 512, 3))
+
+
+@pytest.mark.parametrize("names", ["messages", "a b", "thinking_mode,tools"])
+def test_names_that_are_not_the_templates(names: str):
+    server = resolve({"chat_template_kwargs": names}, environ={}).server
+    with pytest.raises(ConfigError, match="chat_template_kwargs = .*: expected names"):
+        check_template_kwargs(server)
+
+
+def test_a_server_that_cannot_be_is_one_line(tmp_path: Path):
+    write(write_checkpoint(tmp_path), "chat_template.jinja", b"{{" + b"(" * 5000)
+    with started(tmp_path) as server:
         assert server.wait_for_end() == 2
-        assert server.log[-1].startswith("eaglerun: ") and words in server.log[-1]
+        assert server.log[-1].startswith("eaglerun: the chat template is broken")
         assert not any("Traceback" in line for line in server.log)

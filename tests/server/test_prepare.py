@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine import get, make_app, post
-from served import Http, children, drive, is_fork_of, metric, serving, write_checkpoint
+from served import Http, Server, children, drive, is_fork_of, metric, serving, write_checkpoint
 
 from eaglerun.server.bodies import SMALL_BYTES, check_nodes, count_nodes
 from eaglerun.server.failures import MAX_MESSAGE, ApiError
@@ -29,6 +30,13 @@ HI = {"messages": [{"role": "user", "content": "hi"}]}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def shared(checkpoint: Path) -> Iterator[tuple[Server, str]]:
+    """One server for the tests that leave it as it was."""
+    with serving(checkpoint) as found:
+        yield found
 
 
 def preparer(checkpoint: Path, max_model_len: int = 1 << 20, **limits: Any) -> Preparer:
@@ -81,7 +89,7 @@ BODIES = [
 ]
 
 
-def test_a_large_body_is_answered_as_a_small_one(checkpoint: Path):
+def test_a_large_body_is_answered_as_a_small_one(shared: tuple[Server, str]):
     """Blanks make a body large."""
 
     def settled(answer: bytes) -> str:
@@ -103,8 +111,7 @@ def test_a_large_body_is_answered_as_a_small_one(checkpoint: Path):
                 reply.writer.close()
             assert found[0] == found[1], path
 
-    with serving(checkpoint) as (_, url):
-        drive(url, load)
+    drive(shared[1], load)
 
 
 def test_nodes():
@@ -294,7 +301,7 @@ def test_a_large_body_is_in_nobodys_way(checkpoint: Path):
         drive(url, load)
 
 
-def test_a_short_prompt_does_not_wait_for_long_ones(checkpoint: Path):
+def test_a_short_prompt_does_not_wait_for_long_ones(shared: tuple[Server, str]):
     """And what was given up does not run on."""
     text = "word and more " * 300_000
 
@@ -319,19 +326,17 @@ def test_a_short_prompt_does_not_wait_for_long_ones(checkpoint: Path):
         assert (await http.ask("/v1/completions", long)).status == 200
         assert time.perf_counter() - begin < 3
 
-    with serving(checkpoint) as (_, url):
-        drive(url, load)
+    drive(shared[1], load)
 
 
-def test_the_work_of_a_killed_worker_goes_on_in_another(checkpoint: Path):
+def test_the_work_of_a_killed_worker_goes_on_in_another(shared: tuple[Server, str]):
     async def load(http: Http) -> None:
         assert (await http.ask("/v1/chat/completions", HI | {"max_tokens": 1})).status == 200
-        for pid in workers(server.process.pid):
+        for pid in workers(shared[0].process.pid):
             os.kill(pid, signal.SIGKILL)
         assert (await http.ask("/v1/chat/completions", HI | {"max_tokens": 1})).status == 200
 
-    with serving(checkpoint) as (server, url):
-        drive(url, load)
+    drive(shared[1], load)
 
 
 def test_the_server_ends_with_its_preparation_process(checkpoint: Path):
@@ -365,7 +370,7 @@ def test_a_client_that_leaves_inside_its_body_is_no_error(checkpoint: Path):
         assert not any("Traceback" in line or "ERROR" in line for line in server.log)
 
 
-def test_a_large_body_where_none_is_read(checkpoint: Path):
+def test_a_large_body_where_none_is_read(shared: tuple[Server, str]):
     async def load(http: Http) -> None:
         reader, writer = await asyncio.open_connection(http.host, http.port)
         content = b"[" + b"1," * (1 << 20) + b"1]"
@@ -375,8 +380,7 @@ def test_a_large_body_where_none_is_read(checkpoint: Path):
         assert b" 200 " in await reader.readuntil(b"\r\n")
         writer.close()
 
-    with serving(checkpoint) as (_, url):
-        drive(url, load)
+    drive(shared[1], load)
 
 
 def workers(server_pid: int) -> list[int]:
