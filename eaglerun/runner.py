@@ -259,8 +259,8 @@ class Runner:
             hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, buffers.num_experts)
             logits = self.target.logits(hidden).view(B, Q, -1)
         # Rows of padding have no keys, and so no numbers.
-        is_row = torch.arange(Q, device=self.device) <= buffers.num_drafts[:, None]
-        buffers.broken.copy_((not_finite(hidden).view(B, Q) & is_row).any(dim=1))
+        sizes = magnitudes(hidden).masked_fill_(positions.view(-1) < 0, 0.0)
+        buffers.broken.copy_(not_finite(sizes.view(B, Q).amax(dim=1)))
         drafts = state.draft_tokens[slots, : Q - 1]
         return _Forward(logits, drafts, kv_slots.view(-1), positions, length, table)
 
@@ -364,7 +364,7 @@ class Runner:
             prompt = self._prompt_logprobs(chunks, hidden)
             sampled, logprobs = self._sample_prefill(plan, final, hidden, ends)
         broken = torch.zeros(len(chunks), dtype=torch.int64, device=self.device)
-        broken.index_add_(0, batch.seq_ids, not_finite(hidden).long())
+        broken.index_add_(0, batch.seq_ids, not_finite(magnitudes(hidden)).long())
         clock.target_done()
         if self.options.keep_aux and self.aux is not None:
             for c, start in zip(chunks, _running_sum(chunks), strict=False):
@@ -563,11 +563,17 @@ class Runner:
             kept.append(AuxRows(row.slot_id, start, hidden))
 
 
-def not_finite(hidden: Tensor) -> Tensor:
-    """Which rows of hidden states [N, H] hold NaN or Inf; one of either anywhere before, in any
-    layer, shows here."""
+def magnitudes(hidden: Tensor) -> Tensor:
+    """The largest magnitude [N] in each row of hidden states [N, H]; NaN or Inf where the row has
+    one. One of either anywhere before, in any layer, shows in the last layer's rows."""
     largest: Tensor = torch.linalg.vector_norm(hidden, float("inf"), dim=-1)
-    return ~largest.isfinite()
+    return largest
+
+
+def not_finite(values: Tensor) -> Tensor:
+    """Whether each value is NaN or Inf: x - x is 0 for any other. Two launches on a GPU, where
+    isfinite() takes four."""
+    return (values - values) != 0
 
 
 def _running_sum(chunks: tuple[PrefillChunk, ...]) -> list[int]:
