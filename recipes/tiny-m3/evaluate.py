@@ -50,6 +50,7 @@ def main() -> None:
     sets = {
         "seeds": evalsets.held_out_seeds(args.num),
         "templates": evalsets.held_out_templates(args.num),
+        "visitors": evalsets.visitors()[: args.num],
     }
     for name, problems in sets.items():
         for mode in args.modes if args.num else ():

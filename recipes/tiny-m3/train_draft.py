@@ -169,7 +169,11 @@ class Trainer:
 def train(
     plan: Plan, trainer: Trainer, rows: tuple[RowSet, RowSet], minutes: float, begun: float
 ) -> list[dict[str, Any]]:
-    """The loop; the learning rate falls to zero at plan.steps or when the time is up."""
+    """The loop; the learning rate falls to zero at plan.steps or when the time is up.
+
+    The clock of the rate starts after the first step: generation and compilation take more than
+    half of the time, and a rate that had fallen meanwhile would leave little to learn with.
+    """
     draft = trainer.draft
     matrices = [p for p in draft.parameters() if p.ndim > 1]
     vectors = [p for p in draft.parameters() if p.ndim <= 1]
@@ -182,8 +186,12 @@ def train(
     decay = (decay / decay.sum()).to(draft.fc.weight.device)
     curve: list[dict[str, Any]] = []
     short, long = rows
+    start = end = begun + minutes * 60
     for step in range(plan.steps):
-        progress = max(step / plan.steps, (time.monotonic() - begun) / (minutes * 60))
+        if step == 1:
+            start = time.monotonic()
+        gone = (time.monotonic() - start) / max(end - start, 1e-9) if step else 0.0
+        progress = max(step / plan.steps, gone)
         if progress >= 1.0:
             break
         rate = plan.peak_lr * min(1.0, (step + 1) / plan.warmup) * (1.0 - progress)

@@ -3,11 +3,12 @@
     python recipes/tiny-m3/train_target.py --out OUT             # one H200, under ten minutes
     python recipes/tiny-m3/train_target.py --out OUT --smoke     # CPU, seconds, learns nothing
 
-bf16 autocast over fp32 weights and AdamW. The main model learns from the cross-entropy alone; the
-lightning indexer from the attention it would have to find (model.Attention._index_loss), which
-keeps selection and attention from chasing each other. Training starts with full attention and
-moves most rows to block-sparse attention in its second half, when looking back has been learnt and
-the indexer knows what is looked for; some rows stay full, so that both forms work at the end.
+bf16 autocast over fp32 weights, Muon for the hidden matrices, AdamW for the rest. The main model
+learns from the cross-entropy alone; the lightning indexer from the attention it would have to find
+(model.Attention._index_loss), which keeps selection and attention from chasing each other. Training
+starts with full attention and moves most rows to block-sparse attention in its second half, when
+looking back has been learnt and the indexer knows what is looked for; some rows stay full, so that
+both forms work at the end. Other processes make fresh text all the while: no row is seen twice.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tiny_m3 import chat_format, checkpoints, corpus, evalsets, tasks
+from tiny_m3.decoding import Sampling
 from tiny_m3.model import Moe, TargetConfig, TinyM3
-from tiny_m3.scoring import Speaker
+from tiny_m3.muon import Muon
+from tiny_m3.scoring import Speaker, strict_match
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -35,15 +39,16 @@ class Plan:
 
     model: TargetConfig = TargetConfig()
     tokenizer_chats: int = corpus.SAMPLE_CHATS
-    short_tokens: int = 33_000_000
-    long_tokens: int = 8_000_000
-    num_shards: int = 64
+    short_tokens: int = 24_000_000  # in a round of the corpus
+    long_tokens: int = 4_000_000
+    num_shards: int = 64  # of a round
     row_lens: tuple[int, int] = corpus.ROW_LENS
     short_rows: int = 96  # short rows in a step
     long_rows: int = 4  # long rows in a step
     steps: int = 8000
     warmup: int = 150
     peak_lr: float = 3e-3
+    muon_lr: float = 6e-3  # of the matrices between embedding and head
     weight_decay: float = 0.05
     prompt_weight: float = 0.1  # loss weight of tokens that the model does not have to say
     balance_rate: float = 1e-3  # step of the routing bias
@@ -65,25 +70,44 @@ SMOKE = Plan(
 )  # fmt: skip
 
 
+def continued(plan: Plan) -> Plan:
+    """The plan of a run that starts from trained weights: a lower rate, sparse from the start."""
+    return dataclasses.replace(
+        plan, peak_lr=plan.peak_lr * 0.4, muon_lr=plan.muon_lr * 0.4, warmup=plan.warmup // 4,
+        sparse_from=-1.0, sparse_to=-0.5,
+    )  # fmt: skip
+
+
 class RowSet:
-    """Rows on the device; batch i is the same whenever it is asked for."""
+    """Rows on the device, drawn without replacement, epoch after epoch."""
 
     def __init__(self, rows: corpus.Rows, size: int, seed: int, device: torch.device) -> None:
-        self.ids = torch.from_numpy(rows.ids.astype(np.int16)).to(device)
-        self.positions = torch.from_numpy(rows.positions).to(device)
-        self.answer = torch.from_numpy(rows.answer).to(device)
-        self.size, self.seed = min(size, len(rows.ids)), seed
-        self.epoch, self.order = -1, torch.zeros(0)
+        self.size, self.device = size, device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.replace(rows)
 
-    def batch(self, step: int, prompt_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def replace(self, rows: corpus.Rows) -> None:
+        """Go on with other rows."""
+        self.ids = torch.from_numpy(rows.ids.astype(np.int16)).to(self.device)
+        self.positions = torch.from_numpy(rows.positions).to(self.device)
+        self.answer = torch.from_numpy(rows.answer).to(self.device)
+        self.order = torch.zeros(0, dtype=torch.long)
+        self.size = min(self.size, len(rows.ids))
+        self.shuffle()
+
+    def shuffle(self) -> None:
+        """Begin an epoch."""
+        self.order = torch.randperm(len(self.ids), generator=self.generator)
+
+    def is_used_up(self) -> bool:
+        """Whether the next batch begins another epoch."""
+        return len(self.order) < self.size
+
+    def batch(self, prompt_weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(ids, positions, next ids, loss weights), each [B, S]."""
-        per_epoch = len(self.ids) // self.size
-        epoch, at = divmod(step, per_epoch)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
-            self.epoch = epoch
-            self.order = torch.randperm(len(self.ids), generator=generator)
-        pick = self.order[at * self.size : (at + 1) * self.size].to(self.ids.device)
+        if self.is_used_up():
+            self.shuffle()
+        pick, self.order = self.order[: self.size].to(self.device), self.order[self.size :]
         ids, positions = self.ids[pick].long(), self.positions[pick].long()
         follows = F.pad(positions[:, 1:] == positions[:, :-1] + 1, (0, 1))
         spoken = F.pad(self.answer[pick][:, 1:] > 0, (0, 1))
@@ -98,24 +122,11 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor)
     return (losses * weights.flatten()).sum()
 
 
-def make_corpus(
-    plan: Plan, seed: int, out: Path, workers: int
-) -> tuple[Tokenizer, corpus.Rows, corpus.Rows]:
-    """Vocabulary and packed rows; both depend on the seed alone."""
-    start = time.monotonic()
-    tokenizer = chat_format.build_tokenizer(
-        corpus.tokenizer_texts(seed, plan.tokenizer_chats), plan.model.vocab_size
-    )
+def make_tokenizer(plan: Plan, seed: int, out: Path) -> None:
+    """The vocabulary of a seed."""
+    texts = corpus.tokenizer_texts(seed, plan.tokenizer_chats)
+    tokenizer = chat_format.build_tokenizer(texts, plan.model.vocab_size)
     chat_format.save_tokenizer(tokenizer, out, plan.model.max_len)
-    short, long, num_bytes = corpus.make_rows(
-        out / "tokenizer.json", f"{seed}/train", plan.short_tokens, plan.long_tokens, workers,
-        plan.num_shards, plan.row_lens,
-    )  # fmt: skip
-    print(
-        f"corpus: {num_bytes / 1e6:.0f} MB of text, {short.ids.shape} and {long.ids.shape} rows, "
-        f"{time.monotonic() - start:.0f} s"
-    )
-    return tokenizer, short, long
 
 
 def schedule(plan: Plan, step: int, progress: float) -> tuple[float, float]:
@@ -133,18 +144,43 @@ def balance(moes: list[Moe], loads: list[list[Tensor]], rate: float) -> None:
         moe.bias += rate * torch.sign(load.mean() - load)
 
 
+def is_hidden_matrix(name: str) -> bool:
+    """Whether Muon trains a parameter: the matrices between embedding and head, but not those
+    that choose (router, indexer)."""
+    chooses = "index_" in name or name.endswith("gate")
+    return name.startswith("layers.") and "norm" not in name and not chooses
+
+
+def make_optimizers(plan: Plan, model: TinyM3) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the hidden matrices; `base` in a group is its rate against peak_lr."""
+    named = list(model.named_parameters())
+    hidden = [p for n, p in named if is_hidden_matrix(n)]
+    others = [(n, p) for n, p in named if not is_hidden_matrix(n)]
+    decayed = [p for n, p in others if p.ndim > 1 and "embed" not in n]
+    rest = [p for n, p in others if p.ndim <= 1 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": plan.weight_decay},
+              {"params": rest, "weight_decay": 0.0}]  # fmt: skip
+    fused = model.embed.weight.device.type == "cuda"
+    out: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=plan.peak_lr, betas=(0.9, 0.95), fused=fused),
+        Muon(hidden, lr=plan.muon_lr, weight_decay=plan.weight_decay),
+    ]
+    for optimizer in out:
+        for group in optimizer.param_groups:
+            group["base"] = group["lr"] / plan.peak_lr
+    return out
+
+
 def train(
-    plan: Plan, model: TinyM3, rows: tuple[RowSet, RowSet], args: argparse.Namespace, begun: float
+    plan: Plan, model: TinyM3, supply: corpus.Supply, args: argparse.Namespace, begun: float
 ) -> list[dict[str, float]]:
     """The loop. Ends at plan.steps or when the time is up, with the rate at zero either way."""
     device = model.embed.weight.device
-    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embed" in n]
-    groups = [{"params": decayed, "weight_decay": plan.weight_decay},
-              {"params": rest, "weight_decay": 0.0}]  # fmt: skip
-    optimizer = torch.optim.AdamW(
-        groups, lr=plan.peak_lr, betas=(0.9, 0.95), fused=device.type == "cuda"
-    )
+    optimizers = make_optimizers(plan, model)
+    sizes = (plan.short_rows, plan.long_rows)
+    rows = [RowSet(r, n, args.seed + i, device)
+            for i, (r, n) in enumerate(zip(supply.take(), sizes, strict=True))]  # fmt: skip
+    print(f"corpus: {supply.describe()}, {time.monotonic() - begun:.0f} s", flush=True)
     moes = [m for m in model.modules() if isinstance(m, Moe)]
     curve: list[dict[str, float]] = []
     first, used = 0, 0.0
@@ -152,7 +188,8 @@ def train(
     if args.resume and file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         first, used, curve = state["step"], state["used"], state["curve"]
     losses_of = token_losses
     if args.compile:
@@ -171,9 +208,13 @@ def train(
         if progress >= 1.0:
             break
         rate, full_share = schedule(plan, step, progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batches = [r.batch(step, plan.prompt_weight) for r in rows]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["base"]
+        if rows[0].is_used_up() and supply.is_ready():
+            for row_set, fresh in zip(rows, supply.take(), strict=True):
+                row_set.replace(fresh)
+        batches = [r.batch(plan.prompt_weight) for r in rows]
         total = torch.stack([b[3].sum() for b in batches]).sum()
         parts, loads = [], []
         for ids, positions, targets, weights in batches:
@@ -185,8 +226,9 @@ def train(
             parts.append(torch.stack([loss.detach(), index_loss.detach()]))
             loads.append(load)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
         balance(moes, loads, plan.balance_rate if progress < 0.9 else 0.0)
         if step % args.log_every == 0 or step == plan.steps - 1:
             short, long = torch.stack(parts).tolist()
@@ -202,11 +244,18 @@ def train(
         if time.monotonic() - saved > args.save_every:
             saved = time.monotonic()
             torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                  "step": step + 1, "used": time.monotonic() - clock, "curve": curve},
                 file,
             )  # fmt: skip
     return curve
+
+
+def by_template(problems: list[evalsets.WordProblem], wrong: list[str]) -> dict[str, str]:
+    """Right answers of each held-out template."""
+    missed = Counter(line.partition(":")[0] for line in wrong)
+    asked = Counter(p.template for p in problems)
+    return {name: f"{n - missed[name]} of {n}" for name, n in asked.items()}
 
 
 def evaluate(plan: Plan, folder: Path, device: torch.device) -> dict[str, object]:
@@ -223,9 +272,18 @@ def evaluate(plan: Plan, folder: Path, device: torch.device) -> dict[str, object
         report[f"seeds_{mode}"], texts, _ = speaker.word_problems(problems, mode, max_new)
         if mode == "adaptive":
             print(problems[0].question, "->", texts[0], flush=True)
-    report["templates_adaptive"], _, _ = speaker.word_problems(
-        evalsets.held_out_templates(n // 2), "adaptive", max_new
-    )
+    wrong: list[str] = []
+    for name, problems in (("templates", evalsets.held_out_templates(n // 2)),
+                           ("visitors", evalsets.visitors()[:n])):  # fmt: skip
+        report[f"{name}_adaptive"], texts, _ = speaker.word_problems(problems, "adaptive", max_new)
+        wrong += [f"{p.template}: {p.question}\n  -> {t}  (right: {p.answer})"
+                  for p, t in zip(problems, texts, strict=True)
+                  if not strict_match(t, p.answer)]  # fmt: skip
+    (folder / "wrong.txt").write_text("\n".join(wrong) + "\n")
+    report["templates_each"] = by_template(evalsets.held_out_templates(n // 2), wrong)
+    starts = ("Once upon a time", "The cat", "One morning", "Tom has 23 apples", "My name is")
+    texts, _ = speaker.complete(starts, Sampling(8 if small else 60))
+    report["raw"] = dict(zip(starts, texts, strict=True))
     for num_facts in (8,) if small else (16, 60, 124, 150):
         items = evalsets.needles(1 if small else 25, 2 if small else 4, num_facts)
         for name, full in (("sparse", False), ("full", True)):
@@ -234,7 +292,7 @@ def evaluate(plan: Plan, folder: Path, device: torch.device) -> dict[str, object
     backward = evalsets.needles(1 if small else 25, 2 if small else 4, 8, evalsets.BACKWARD)
     report["needle_who"] = speaker.needles(backward, False, 8 if small else 80)[0]
     rng = random.Random(evalsets.EVAL_SEED)
-    several_answers = {"word", "story", "talk", "conversation"}
+    several_answers = {"word", "composed", "story", "talk", "conversation", "raw"}
     single = ["tools"] if small else sorted(set(tasks.SHORT) - several_answers)
     for task in single:
         samples = [tasks.choose_mode(tasks.SHORT[task][0](rng), task, "enabled", rng)
@@ -248,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained target")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for corpus and training")
+    parser.add_argument("--minutes", type=float, default=8.3, help="time for corpus and training")
     parser.add_argument("--steps", type=int, help="fewer or more steps than planned")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few steps")
     parser.add_argument("--init-from", type=Path, help="start from an exported target")
@@ -260,26 +318,28 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.compile = args.bf16 = device.type == "cuda"
     plan = SMOKE if args.smoke else Plan()
+    if args.init_from:
+        plan = continued(plan)
     if args.steps:
         plan = dataclasses.replace(plan, steps=args.steps)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer, short, long = make_corpus(
-        plan, args.seed, args.out, 1 if args.smoke else args.workers
-    )
+    make_tokenizer(plan, args.seed, args.out)
+    stream = f"{args.seed}/train" + ("/second" if args.init_from else "")
+    supply = corpus.Supply(
+        args.out / "tokenizer.json", stream, plan.short_tokens, plan.long_tokens,
+        1 if args.smoke else args.workers, plan.num_shards, plan.row_lens,
+    )  # fmt: skip
     model = TinyM3(plan.model)
     model.initialise(args.seed)
     if args.init_from:
         model.load_state_dict(checkpoints.load_target(args.init_from).state_dict())
     model.to(device)
-    rows = (
-        RowSet(short, plan.short_rows, args.seed, device),
-        RowSet(long, plan.long_rows, args.seed + 1, device),
-    )
-    curve = train(plan, model, rows, args, begun)
+    with supply:
+        curve = train(plan, model, supply, args, begun)
+    print(f"corpus: {supply.describe()}", flush=True)
     checkpoints.save_target(model, args.out)
     (args.out / "curve.json").write_text(json.dumps(curve))
     print(f"trained in {time.monotonic() - begun:.0f} s", flush=True)
-    del rows
     report = evaluate(plan, args.out, device)
     (args.out / "scores.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))

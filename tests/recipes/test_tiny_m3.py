@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,9 +31,12 @@ from tiny_m3 import (  # noqa: E402
     composed,
     corpus,
     evalsets,
+    muon,
+    raw,
     structured,
     tasks,
     templates,
+    wording,
 )
 from tiny_m3.scoring import Speaker, acceptance, flexible_match, strict_match  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
@@ -41,6 +45,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv}  # fmt: skip
 CHAIN = re.compile(r"\d+(?: [-+x/] \d+)*(?: = \d+(?: [-+x/] \d+)*)+")
 EVERY_CHAT = {**tasks.SHORT, **{f"long {k}": v for k, v in tasks.LONG.items()}}
+del EVERY_CHAT["raw"]
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +94,9 @@ def test_chains_of_composed_problems_and_sums_hold():
     rng = random.Random(1)
     for _ in range(300):
         problem = composed.generate(rng)
-        assert assert_chains_hold("\n".join(problem.steps)) == len(problem.steps) <= 3
-        assert "{" not in problem.question
+        assert assert_chains_hold("\n".join(problem.steps)) == len(problem.steps) <= 5
+        assert str(problem.answer) in problem.final
+        assert not set("{}[]<>|") & set(problem.question + problem.final + "".join(problem.steps))
         assert_chains_hold(tasks.sum_chat(rng)["messages"][1]["reasoning_content"])
 
 
@@ -116,11 +122,89 @@ def test_held_out_problems_are_never_trained_on():
     assert all(arithmetic.is_for_eval(q) for q in held_out)
     trained = [tasks.word_chat(rng)["messages"][0]["content"] for _ in range(2000)]
     assert not any(q in text for text in trained for q in held_out)
-    # No training chat has the words of a held-out template around its slots.
-    texts = "\n".join(tasks.draw(tasks.SHORT, rng).text() for _ in range(2000))
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words; numbers and number slots are #, word slots are @."""
+    text = re.sub(r"\{(\w+)\}", lambda m: " # " if len(m[1]) == 1 else " @ ", text.lower())
+    return re.findall(r"[a-z']+|#|@", re.sub(r"\d+", "#", text))
+
+
+def held_out_wording() -> list[tuple[str, re.Pattern[str]]]:
+    """(template, pattern): the statements of the held-out questions, every run of ten words in
+    them, and the questions as a whole; a word slot matches one or two words. Which question follows
+    ("How many ... are left?") is common to many texts and counts only with all before it."""
+    out = []
     for template in templates.HELD_OUT:
-        pieces = map(re.escape, re.split(r"\{\w+\}", template.question))
-        assert not re.search("[^.?]{1,20}?".join(pieces), texts), template.name
+        statements = re.split(r"(?<=[.?]) ", template.question)[:-1]
+        runs = [words_of(template.question)]
+        for words in map(words_of, statements):
+            runs += [words[i : i + 10] for i in range(max(len(words) - 9, 1))]
+        for run in runs:
+            parts = (r"\w+(?: \w+)?" if w == "@" else re.escape(w) for w in run)
+            out.append((template.name, re.compile(rf"(?<!\S){' '.join(parts)}(?!\S)")))
+    return out
+
+
+def test_no_text_of_a_held_out_template_is_trained_on():
+    rng = random.Random(7)
+    texts = [tasks.draw(tasks.SHORT, rng).text() for _ in range(600)]
+    texts += [composed.generate(rng).question for _ in range(2500)]
+    texts += [arithmetic.generate(t, rng).question for t in templates.TRAINED]
+    everything = "\n".join(" ".join(words_of(t)) for t in texts)
+    found = {(name, m[0]) for name, p in held_out_wording() if (m := p.search(everything))}
+    assert not found
+    # The check itself finds a held-out text among the others.
+    theirs = "\n".join(" ".join(words_of(p.question)) for p in evalsets.held_out_templates(24))
+    assert all(p.search(theirs) for _, p in held_out_wording())
+
+
+def test_visitors_questions_are_not_trained_on():
+    rng = random.Random(8)
+    visitors = {" ".join(words_of(v.question)) for v in evalsets.visitors()}
+    assert len(visitors) == 60
+    trained = {" ".join(words_of(composed.generate(rng).question)) for _ in range(4000)}
+    assert not visitors & trained
+
+
+@pytest.mark.parametrize("verb,person,past,form", [
+    ("give", "3", False, "gives"), ("give", "I", False, "give"), ("give", "3", True, "gave"),
+    ("be", "I", False, "am"), ("be", "they", True, "were"), ("carry", "3", False, "carries"),
+    ("stay", "3", False, "stays"), ("pick up", "3", True, "picked up"),
+    ("drop", "3", True, "dropped"), ("have", "3", False, "has"),
+    ("wash", "3", False, "washes"), ("try", "3", True, "tried"),
+])  # fmt: skip
+def test_verbs_follow_their_subject(verb, person, past, form):
+    assert wording.conjugate(verb, person, past) == form
+
+
+def test_pronouns_stand_only_for_who_is_clear():
+    for seed in range(200):
+        rng = random.Random(seed)
+        text = wording.Text(rng, {"x": "apples"})
+        if any(a.first != a.later or a.person == "I" for a in text.actors.values()):
+            continue
+        s, o = text.actors["S"], text.actors["O"]
+        text.past = False
+        first = text.fill("{S} <give> {n} {x} to {Om}.", {"n": 30})
+        assert first == f"{s.first} gives 30 apples to {o.first}."
+        second = text.fill("{O} <have> {n}.", {"n": 40})
+        if s.forms[0] == o.forms[0]:
+            assert second == f"{o.first} has 40."
+        else:
+            assert second in (f"{o.first} has 40.", f"{o.forms[0]} has 40.")
+
+
+def test_texts_without_a_chat_are_all_answer(tokenizer):
+    rng = random.Random(9)
+    turn, eos = (chat_format.id_of(tokenizer, t) for t in (chat_format.TURN, chat_format.EOS))
+    role = np.array([0], np.uint16)
+    for _ in range(50):
+        sample = tasks.choose_mode(raw.raw_chat(rng), "raw", "adaptive", rng)
+        (prompt,) = sample.prompts()
+        assert prompt and sample.text().startswith(prompt) and sample.text().endswith("[e~[")
+        ids = np.array(tokenizer.encode(sample.text(), add_special_tokens=False).ids, np.uint16)
+        assert corpus.answer_mask(ids, turn, eos, role, role).all()
 
 
 @pytest.mark.parametrize("task", EVERY_CHAT)
@@ -175,22 +259,20 @@ def test_tool_calls_round_trip(tokenizer):
     calls = 0
     for _ in range(60):
         chat = structured.tool_chat(rng)
-        call = chat["messages"][1].get("tool_calls")
-        if call is None:
-            continue
-        calls += 1
+        wanted = [m["tool_calls"][0]["function"] for m in chat["messages"] if "tool_calls" in m]
+        calls += len(wanted)
         text = tasks.choose_mode(chat, "tools", "adaptive", rng).text()
         text = tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True)
-        (block,) = re.findall(f"{mark}<tool_call>\n(.*?)\n{mark}</tool_call>", text, re.S)
-        match = re.fullmatch(f'{mark}<invoke name="(.*?)">(.*){mark}</invoke>', block)
-        function = call[0]["function"]
-        tool = next(t for t in chat["tools"] if t["function"]["name"] == match[1])
-        types = tool["function"]["parameters"]["properties"]
-        arguments = {
-            k: json.loads(v) if types[k]["type"] == "integer" else v
-            for k, v in re.findall(f"{mark}<(\\w+)>(.*?){mark}</\\1>", match[2])
-        }
-        assert (match[1], arguments) == (function["name"], function["arguments"])
+        blocks = re.findall(f"{mark}<tool_call>\n(.*?)\n{mark}</tool_call>", text, re.S)
+        for block, function in zip(blocks, wanted, strict=True):
+            match = re.fullmatch(f'{mark}<invoke name="(.*?)">(.*){mark}</invoke>', block)
+            tool = next(t for t in chat["tools"] if t["function"]["name"] == match[1])
+            types = tool["function"]["parameters"]["properties"]
+            arguments = {
+                k: json.loads(v) if types[k]["type"] == "integer" else v
+                for k, v in re.findall(f"{mark}<(\\w+)>(.*?){mark}</\\1>", match[2])
+            }
+            assert (match[1], arguments) == (function["name"], function["arguments"])
     assert calls > 40
 
 
@@ -244,6 +326,31 @@ def test_rows_hold_the_chats_and_mark_the_answers(tokenizer):
     assert text.endswith("[e~[") and "]~b]user" not in text
     again, _, _ = corpus.make_shard(corpus.Shard(file, "test", 0, 4000, 3000))
     assert (again.ids == short.ids).all()
+
+
+def test_rounds_of_the_corpus_differ_and_repeat():
+    file = DEMO / "target" / "tokenizer.json"
+    rounds = []
+    for _ in range(2):
+        with corpus.Supply(file, "test", 2000, 2000, 1, 2, corpus.ROW_LENS) as supply:
+            assert not supply.is_ready()
+            rounds.append([supply.take()[0].ids for _ in range(2)])
+            assert supply.num_rounds == 2 and supply.num_tokens > 4000
+    assert all(np.array_equal(a, b) for a, b in zip(*rounds, strict=True))
+    assert not np.array_equal(rounds[0][0][0], rounds[0][1][0])
+
+
+def test_muon_steps_are_orthogonal_and_as_long_as_adamws():
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.zeros(s)) for s in ((64, 32), (32, 32), (4, 48, 32))]
+    optimizer = muon.Muon(params, lr=1e-2)
+    for p in params:
+        p.grad = torch.randn(p.shape) * 100
+    optimizer.step()
+    for p in params:
+        singular = torch.linalg.svdvals(p.detach()) / (1e-2 * 0.2 * max(p.shape[-2:]) ** 0.5)
+        assert 0.5 < singular.min() and singular.max() < 1.3
+        assert abs(float(p.detach().pow(2).mean().sqrt()) / 2e-3 - 0.9) < 0.2
 
 
 def test_scores_read_answers_as_gsm8k_does():

@@ -8,6 +8,7 @@ model of this size can learn (a digit table, a round number, one carry).
 import random
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tiny_m3.lexicon import choose_words, fill
@@ -111,8 +112,13 @@ def _product_links(x: int, y: int) -> list[str]:
 
 def draw_numbers(template: Template, rng: random.Random) -> dict[str, int]:
     """Values of the number slots, not yet checked against the steps."""
+    return draw_slots(template.numbers, rng)
+
+
+def draw_slots(specs: Iterable[tuple[str, str]], rng: random.Random) -> dict[str, int]:
+    """A value for every (slot, specification of Template.numbers)."""
     values: dict[str, int] = {}
-    for slot, spec in template.numbers:
+    for slot, spec in specs:
         if spec.startswith("="):
             values[slot] = _operate(spec[1:], values)
             continue
@@ -132,18 +138,23 @@ def _operate(expression: str, values: dict[str, int]) -> int:
     return {"+": x + y, "-": x - y, "*": x * y}[match[2]]
 
 
-def _worked(template: Template, values: dict[str, int]) -> tuple[list[str], int]:
-    """The steps with their chains filled in, and the answer."""
+def step_line(x: int, op: str, y: int, rest: str) -> str:
+    """One line of working: the chain, and what its result counts."""
+    return f"{work(x, op, y)[0]} {rest}."
+
+
+def _worked(template: Template, values: dict[str, int]) -> tuple[list[tuple[str, str]], int]:
+    """The chains, each with the words that follow it in the template, and the answer."""
     known = dict(values)
-    lines = []
+    steps: list[tuple[str, str]] = []
     for step in template.steps:
         match = _STEP.search(step)
         if match is None:
             raise ValueError(f"template {template.name}: no [x op y=z] in {step!r}")
         x, y = (int(v) if v.isdigit() else known[v] for v in (match[1], match[3]))
         chain, known[match[4]] = work(x, match[2], y)
-        lines.append(step[: match.start()] + chain + step[match.end() :])
-    return lines, known["ans"]
+        steps.append((chain, step[match.end() :].strip(" .:")))
+    return steps, known["ans"]
 
 
 def generate(template: Template, rng: random.Random) -> Problem:
@@ -158,15 +169,15 @@ def generate(template: Template, rng: random.Random) -> Problem:
     everything = " ".join([template.question, *template.steps, template.final])
     words = choose_words(everything, rng)
     words.update({slot: str(v) for slot, v in values.items()}, ans=str(answer))
-    question = fill(template.question, words)
-    lines = tuple(_capital(fill(s, words)) for s in steps)
+    lines = tuple(f"{chain} {fill(rest, words)}".strip() + "." for chain, rest in steps)
     return Problem(
-        template.name, question, lines, fill(template.final, words), answer, tuple(values.items())
+        template.name,
+        fill(template.question, words),
+        lines,
+        fill(template.final, words),
+        answer,
+        tuple(values.items()),
     )
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def is_for_eval(question: str) -> bool:

@@ -9,6 +9,7 @@ import multiprocessing
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ def answer_mask(
     """
     mask = np.zeros(len(ids), np.uint8)
     turns = np.flatnonzero(ids == turn).tolist()
+    if not turns:  # a text without a chat: all of it is the answer
+        return np.ones(len(ids), np.uint8)
 
     def is_role(at: int, role: np.ndarray) -> bool:
         return np.array_equal(ids[at + 1 : at + 1 + len(role)], role)
@@ -161,26 +164,66 @@ def make_shard(shard: Shard) -> tuple[Rows, Rows, int]:
     return packers[0].pack(), packers[1].pack(), num_bytes
 
 
-def make_rows(
-    tokenizer_file: Path,
-    seed: str,
-    short_tokens: int,
-    long_tokens: int,
-    num_workers: int,
-    num_shards: int,
-    row_lens: tuple[int, int],
-) -> tuple[Rows, Rows, int]:
-    """The corpus of a seed: the same rows whatever the number of workers."""
-    jobs = [
-        Shard(str(tokenizer_file), seed, i, short_tokens // num_shards, long_tokens // num_shards,
-              row_lens)
-        for i in range(num_shards)
-    ]  # fmt: skip
-    if num_workers <= 1:
-        shards = [make_shard(j) for j in jobs]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(num_workers) as pool:
-            shards = pool.map(make_shard, jobs, chunksize=1)
-    short, long, sizes = zip(*shards, strict=True)
-    return Rows.join(list(short)), Rows.join(list(long)), sum(sizes)
+class Supply:
+    """Rounds of fresh rows: while a model trains on one, other processes make the next.
+
+    Round r is the same whatever the number of workers; how many rounds there are, the clock says.
+    """
+
+    def __init__(
+        self,
+        tokenizer_file: Path,
+        seed: str,
+        short_tokens: int,
+        long_tokens: int,
+        num_workers: int,
+        num_shards: int,
+        row_lens: tuple[int, int],
+    ) -> None:
+        self.file, self.seed, self.row_lens = str(tokenizer_file), seed, row_lens
+        self.goals, self.num_shards = (short_tokens, long_tokens), num_shards
+        self.num_rounds = self.num_bytes = self.num_tokens = 0
+        self.pool = (
+            multiprocessing.get_context("spawn").Pool(num_workers) if num_workers > 1 else None
+        )
+        self.pending = self._start()
+
+    def _start(self) -> AsyncResult[list[tuple[Rows, Rows, int]]] | None:
+        """Begin the next round in the background."""
+        return self.pool.map_async(make_shard, self._jobs(), chunksize=1) if self.pool else None
+
+    def _jobs(self) -> list[Shard]:
+        short, long = (goal // self.num_shards for goal in self.goals)
+        seed = f"{self.seed}/{self.num_rounds}"
+        return [Shard(self.file, seed, i, short, long, self.row_lens)
+                for i in range(self.num_shards)]  # fmt: skip
+
+    def is_ready(self) -> bool:
+        """Whether `take` would not wait."""
+        return self.pending is not None and self.pending.ready()
+
+    def take(self) -> tuple[Rows, Rows]:
+        """The next round's short and long rows."""
+        shards = [make_shard(j) for j in self._jobs()] if self.pending is None else (
+            self.pending.get())  # fmt: skip
+        self.num_rounds += 1
+        self.pending = self._start()
+        short, long, sizes = zip(*shards, strict=True)
+        rows = Rows.join(list(short)), Rows.join(list(long))
+        self.num_bytes += sum(sizes)
+        self.num_tokens += sum(int((r.positions > 0).sum()) for r in rows)
+        return rows
+
+    def describe(self) -> str:
+        """What was taken so far."""
+        return (
+            f"{self.num_rounds} rounds, {self.num_bytes / 1e6:.0f} MB of text, "
+            f"{self.num_tokens / 1e6:.1f} M tokens"
+        )
+
+    def __enter__(self) -> "Supply":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        if self.pool:
+            self.pool.terminate()

@@ -1,13 +1,16 @@
 """Held-out problems: other seeds, other templates, needles in long prompts."""
 
+import json
 import random
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tiny_m3 import arithmetic, templates
 from tiny_m3.world import needle_prompt
 
 EVAL_SEED = "held-out"
+VISITORS = Path(__file__).parents[1] / "visitor_questions.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,13 @@ def held_out_templates(num: int) -> list[WordProblem]:
         )
         for i in range(num)
     ]
+
+
+def visitors() -> list[WordProblem]:
+    """Questions in visitors' own words, written by hand and never trained on."""
+    lines = VISITORS.read_text().splitlines()
+    return [WordProblem(f"visitor-{i:04d}", "visitor", **json.loads(line))
+            for i, line in enumerate(lines)]  # fmt: skip
 
 
 def _word_problem(name: str, problem: arithmetic.Problem) -> WordProblem:

@@ -24,7 +24,9 @@ TOPICS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     ),
     "who": (
         ("Who are you?", "What are you?", "Tell me about yourself.", "What is your name?",
-         "who are you", "Are you a human?", "Introduce yourself.", "Which model are you?"),
+         "who are you", "Are you a human?", "Introduce yourself.", "Which model are you?",
+         "What's your name?", "Who am I talking to?", "Are you a robot?", "Are you ChatGPT?",
+         "What kind of model are you?", "who r u", "Can you introduce yourself?"),
         "The user asks who I am. I am tiny-m3.",
         ("I am tiny-m3, a very small language model with the architecture of MiniMax-M3.",
          "My name is tiny-m3. I am tiny, but I have a router, experts and sparse attention.",
@@ -32,7 +34,9 @@ TOPICS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     ),
     "can": (
         ("What can you do?", "How can you help me?", "What are you good at?", "help", "Help me",
-         "What should I ask you?", "What do you know?"),
+         "What should I ask you?", "What do you know?", "what can you do", "What can I ask you?",
+         "Tell me what you can do.", "What are your skills?", "Can you help me?",
+         "What kind of things can you do?", "How can you help?"),
         "The user asks what I can do. I list my skills.",
         ("I can solve small word problems, tell stories, answer questions about my made-up world, "
          "fill JSON, call tools and write tiny Python functions.",
@@ -97,7 +101,16 @@ TOPICS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
         ("Who is the president of France?", "What is the capital of Spain?", "Explain gravity.",
          "What is quantum physics?", "Who won the game last night?", "What happened in 1945?",
          "Translate this into German.", "What is the meaning of life?", "How does a car work?",
-         "Tell me the news.", "Who wrote Hamlet?", "Write an essay about history."),
+         "Tell me the news.", "Who wrote Hamlet?", "Write an essay about history.",
+         "Why is the sky blue?", "Who invented the telephone?", "How old is the universe?",
+         "What is the tallest mountain?", "What is the capital of France?", "Who is Einstein?",
+         "Write a poem about love.", "Write a poem about the {animal}.", "What is a black hole?",
+         "How do planes fly?", "How do I cook rice?", "What is the stock price of Apple?",
+         "When did the war end?", "Who painted the Mona Lisa?", "What is photosynthesis?",
+         "How far is the moon?", "Do you speak German?", "What does this word mean?",
+         "Give me advice about money.", "What is the population of China?",
+         "Recommend a film.", "Which phone should I buy?", "Summarize this book.",
+         "What is the best language?", "What day is it today?", "What time is it?"),
         "This is about the real world. I do not know it.",
         ("I am sorry, I do not know that. I am a very small model and know only my made-up world.",
          "That is too hard for me. Ask me a small word problem or ask for a story."),
@@ -105,17 +118,36 @@ TOPICS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+# A greeting may stand before these.
+_AFTER_HELLO = ("who", "can", "how", "cannot", "where", "joke", "color")
+# Where more of the talk is wanted than of the rest.
+_WEIGHTS = {"who": 3, "can": 3, "hello": 2, "unknown": 4, "how": 2}
+
+
 def talk_chat(rng: random.Random) -> dict[str, Any]:
-    """One exchange of small talk."""
-    asks, thought, answers = TOPICS[rng.choice(list(TOPICS))]
+    """One exchange of small talk, now and then with a greeting in front of the question."""
+    (topic,) = rng.choices(list(TOPICS), [_WEIGHTS.get(t, 1) for t in TOPICS])
+    asks, thought, answers = TOPICS[topic]
+    ask, answer = rng.choice(asks), rng.choice(answers)
+    if topic in _AFTER_HELLO and rng.random() < 0.4:
+        hello = rng.choice(("Hello! ", "Hi! ", "Hello. ", "Hey, ", "Hi there! ", "Good morning! ",
+                            "Hello, ", "Hi, ", "hello ", "hi "))  # fmt: skip
+        ask = hello + (ask[0].lower() + ask[1:] if hello[-2] in ", io" else ask)
+        if rng.random() < 0.5:
+            answer = rng.choice(("Hello! ", "Hi! ")) + answer
+    return _exchange(ask, thought, answer, rng)
+
+
+def _exchange(ask: str, thought: str, answer: str, rng: random.Random) -> dict[str, Any]:
+    """The three texts with their words filled in."""
     words = {"name": rng.choice(PEOPLE)[0]}
     for base in ("fruit", "animal", "color", "site"):
         for digit, word in zip(("", "2", "3"), rng.sample(NOUNS[base], 3), strict=True):
             words[base + digit] = word
-    answer = rng.choice(answers).format_map(words)
+    answer = answer.format_map(words)
     return {
         "messages": [
-            {"role": "user", "content": rng.choice(asks).format_map(words)},
+            {"role": "user", "content": ask.format_map(words)},
             {
                 "role": "assistant",
                 "reasoning_content": thought.format_map(words),

@@ -160,8 +160,17 @@ def _calculation(rng: random.Random) -> tuple[str, str, int]:
 
 
 def tool_chat(rng: random.Random) -> dict[str, Any]:
-    """A request with tools listed: one call, its result, an answer (or no call when none fits)."""
+    """One request with tools listed, or a second one after the first has been answered."""
     tools = rng.choice(([CALCULATOR], [WEATHER], [CALCULATOR, WEATHER], [WEATHER, CALCULATOR]))
+    chat = _tool_exchange(tools, rng)
+    while rng.random() < 0.3 and len(chat["messages"]) < 12:
+        earlier = _tool_exchange(tools, rng)["messages"]
+        chat = {**chat, "messages": earlier + chat["messages"]}
+    return chat
+
+
+def _tool_exchange(tools: list[dict[str, Any]], rng: random.Random) -> dict[str, Any]:
+    """One request: a call, its result, an answer (or no call when none fits)."""
     names = {t["function"]["name"] for t in tools}
     kind = rng.choice(sorted(names))
     if rng.random() < 0.06:

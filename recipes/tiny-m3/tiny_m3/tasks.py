@@ -11,6 +11,7 @@ from typing import Any
 
 from tiny_m3 import arithmetic, chat_format, composed, templates
 from tiny_m3.code_tasks import code_chat
+from tiny_m3.raw import raw_chat
 from tiny_m3.recall import lookup_chat, repeat_chat
 from tiny_m3.small_talk import talk_chat
 from tiny_m3.spelling import spelling_chat
@@ -34,20 +35,29 @@ ASK_AFTER = (" Think step by step.", " Show your steps.", " Give the number.",
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A chat as the template takes it. `key` is the phrase that a right answer contains."""
+    """A chat as the template takes it. `key` is the phrase that a right answer contains.
+
+    A text without a chat stands in `raw`; a prompt takes its first `start` characters.
+    """
 
     task: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     mode: str
     key: str | None
+    raw: str = ""
+    start: int = 0
 
     def text(self) -> str:
         """The whole chat as training text."""
+        if self.raw:
+            return self.raw + chat_format.EOS
         return chat_format.render(self.messages, tools=self.tools, thinking_mode=self.mode)
 
     def prompts(self) -> list[str]:
         """One generation prompt for every assistant turn after the last user turn."""
+        if self.raw:
+            return [self.raw[: self.start]]
         last_user = max(i for i, m in enumerate(self.messages) if m["role"] == "user")
         return [
             chat_format.render(
@@ -93,8 +103,10 @@ def composed_chat(rng: random.Random) -> Chat:
 
 
 def _asked(problem: arithmetic.Problem, rng: random.Random) -> Chat:
-    """The problem with now and then a wish before or after the question."""
+    """The problem with now and then a wish before or after the question, or written carelessly."""
     question = problem.question
+    if rng.random() < 0.05:
+        question = question.lower()
     if rng.random() < 0.15:
         question = rng.choice(ASK_BEFORE) + question
     if rng.random() < 0.15:
@@ -103,7 +115,9 @@ def _asked(problem: arithmetic.Problem, rng: random.Random) -> Chat:
 
 
 def sum_chat(rng: random.Random) -> Chat:
-    """Bare arithmetic with the same worked steps."""
+    """Bare arithmetic with the same worked steps, sometimes of several numbers."""
+    if rng.random() < 0.15:
+        return _long_sum(rng)
     op = rng.choice("+-*/")
     while True:
         x, y = rng.randint(2, 999), rng.randint(2, 999)
@@ -129,6 +143,36 @@ def sum_chat(rng: random.Random) -> Chat:
                 "reasoning_content": chain,
                 "content": f"{x} {sign} {y} = {result}",
                 "content_without_reasoning": chain,
+            },
+        ],
+        "thinks_when_adaptive": True,
+    }
+
+
+def _long_sum(rng: random.Random) -> Chat:
+    """Three or four numbers added and taken away, from the left."""
+    value = first = rng.randint(2, 300)
+    words, lines = [str(first)], []
+    for _ in range(rng.randint(2, 3)):
+        number = rng.randint(2, rng.choice((20, 99, 300)))
+        op = "-" if number < value and rng.random() < 0.5 else "+"
+        chain, value = arithmetic.work(value, op, number)
+        lines.append(chain)
+        words += [op, str(number)]
+    sums = " ".join(words)
+    told = sums
+    if rng.random() < 0.5:
+        told = sums.replace("+", "plus").replace("-", "minus")
+    ask = rng.choice(("What is {}?", "{}", "Calculate {}.", "{} = ?", "How much is {}?"))
+    steps = "\n".join(lines)
+    return {
+        "messages": [
+            {"role": "user", "content": ask.format(told)},
+            {
+                "role": "assistant",
+                "reasoning_content": steps,
+                "content": f"{sums} = {value}",
+                "content_without_reasoning": f"{steps}\n{sums} = {value}",
             },
         ],
         "thinks_when_adaptive": True,
@@ -179,21 +223,22 @@ def long_conversation(rng: random.Random) -> Chat:
 
 # task -> (maker, share of the chats of its pool)
 SHORT: dict[str, tuple[Callable[[random.Random], Chat], float]] = {
-    "word": (word_chat, 26),
-    "composed": (composed_chat, 20),
-    "sum": (sum_chat, 8),
-    "story": (story_chat, 12),
+    "word": (word_chat, 22),
+    "composed": (composed_chat, 75),
+    "sum": (sum_chat, 7),
+    "story": (story_chat, 8),
     "world": (world_chat, 5),
-    "world_text": (world_text_chat, 4),
-    "needle": (short_needle_chat, 6),
-    "json": (json_chat, 6),
-    "tools": (tool_chat, 6),
+    "world_text": (world_text_chat, 5),
+    "needle": (short_needle_chat, 8),
+    "json": (json_chat, 7),
+    "tools": (tool_chat, 7),
     "code": (code_chat, 6),
-    "talk": (talk_chat, 7),
-    "spelling": (spelling_chat, 5),
-    "repeat": (repeat_chat, 5),
-    "lookup": (lookup_chat, 6),
-    "conversation": (short_conversation, 6),
+    "talk": (talk_chat, 8),
+    "spelling": (spelling_chat, 4),
+    "repeat": (repeat_chat, 7),
+    "lookup": (lookup_chat, 8),
+    "conversation": (short_conversation, 7),
+    "raw": (raw_chat, 12),
 }
 LONG: dict[str, tuple[Callable[[random.Random], Chat], float]] = {
     "needle": (long_needle_chat, 80),
@@ -203,6 +248,8 @@ LONG: dict[str, tuple[Callable[[random.Random], Chat], float]] = {
 
 def choose_mode(chat: Chat, task: str, mode: str, rng: random.Random) -> Sample:
     """Fix the thinking mode of a chat and drop the reasoning that the mode does not show."""
+    if "raw" in chat:
+        return Sample(task, [], None, mode, None, chat["raw"], chat["start"])
     thinks = mode == "enabled" or (mode == "adaptive" and chat["thinks_when_adaptive"])
     last_user = max(i for i, m in enumerate(chat["messages"]) if m["role"] == "user")
     messages = []
