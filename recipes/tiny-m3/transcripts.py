@@ -21,13 +21,13 @@ PREFILL = {
 
 # (title, thinking mode, temperature, tools, user turns; a turn "tool: ..." is a tool's result)
 CHATS: tuple[tuple[str, str, float, list[dict[str, Any]], tuple[str, ...]], ...] = (
-    ("A greeting and a question", "adaptive", 0.0, [], ("Hi! I am Nina.", "What can you do?")),
+    ("A greeting and a question", "adaptive", 0.0, [], ("Hello! Who are you?", "What can you do?")),
     ("A word problem of a trained kind", "adaptive", 0.0, [],
      ("Wilma bakes 7 trays of 24 cookies. She gives 35 cookies to her friends. How many cookies "
       "does Wilma have left?",)),
     ("A word problem in a visitor's words", "adaptive", 0.0, [],
-     ("I had 50 dollars. I bought three tickets for 12 dollars each and found 5 dollars on the "
-      "street. How much money do I have?",)),
+     ("Tom has 23 apples and buys 14 more. He gives 9 to Mia. How many apples does he have left?",
+      "A car costs 900 dollars. The price is reduced by 150 dollars. How much does it cost now?")),
     ("Arithmetic without thinking", "disabled", 0.0, [], ("What is 487 + 265?", "38 x 24")),
     ("A story, temperature 1", "disabled", 1.0, [],
      ("Tell me a story about a shy dragon named Olga.", "Thank you!")),
