@@ -98,12 +98,12 @@ def _check(p: SamplingParams) -> None:
         ("min_p", 0.0, 1.0),
         ("presence_penalty", -2.0, 2.0),
         ("frequency_penalty", -2.0, 2.0),
+        # Next to 0 it makes logits infinite in float32.
+        ("repetition_penalty", 0.01, 100.0),
     ):
         _in_range(name, getattr(p, name), low, high)
-    for name, top in (("top_p", 1.0), ("repetition_penalty", 100.0)):
-        value = getattr(p, name)
-        if not (_is_number(value) and 0 < value <= top):
-            raise RequestError(name, f"{value!r} is not in (0, {top:g}]")
+    if not (_is_number(p.top_p) and 0 < p.top_p <= 1):
+        raise RequestError("top_p", f"{p.top_p!r} is not in (0, 1]")
     for name, low, limit, optional in (
         ("top_k", -1, MAX_INT, False),
         ("min_tokens", 0, MAX_INT, False),

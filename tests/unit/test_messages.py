@@ -17,6 +17,7 @@ from eaglerun.messages import SamplingParams, SpeculationStats
         ("top_k", 1.5, "1.5 is not an integer"),
         ("min_p", 2, "2 is not in"),
         ("repetition_penalty", 0, "0 is not in"),
+        ("repetition_penalty", 5e-324, "5e-324 is not in"),
         ("presence_penalty", 3, "3 is not in"),
         ("frequency_penalty", "a", "'a' is not in"),
         ("max_tokens", 0, r"0 must be in \[1, "),
