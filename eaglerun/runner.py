@@ -21,14 +21,9 @@ from eaglerun.kernels.accept import move_on, window
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_inputs import kv_slots_of, newest_inputs, verify_inputs
 from eaglerun.kernels.launch import invariant, overlapping
+from eaglerun.kernels.rows import Rows
 from eaglerun.messages import SamplingParams
-from eaglerun.models.attention import (
-    AttentionBatch,
-    DraftKV,
-    KVRegion,
-    TargetKV,
-    uniform_rows,
-)
+from eaglerun.models.attention import DraftKV, KVRegion, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.pending import (
@@ -241,22 +236,10 @@ class Runner:
             self.options.block_size,
             Q,
         )
-        seq_ids, cu_seqlens = uniform_rows(B, Q, self.device)
-        batch = AttentionBatch(
-            positions=positions.view(-1),
-            kv_slots=kv_slots.view(-1),
-            seq_ids=seq_ids,
-            block_tables=table,
-            cu_seqlens_q=cu_seqlens,
-            seq_lens=seq_lens,
-            max_q_len=Q,
-            max_seq_len=max_seq_len,
-            uniform=True,
-            q_lens=(Q,) * B,
-        )
+        rows = Rows(positions.view(-1), kv_slots.view(-1), table, seq_lens, max_seq_len)
         # The target alone, here and in prefill: a draft's bits decide no token.
         with invariant(self.options.batch_invariant):
-            hidden = self.target(ids.view(-1), batch, self.target_kv, self.aux, buffers.num_experts)
+            hidden = self.target(ids.view(-1), rows, self.target_kv, self.aux, buffers.num_experts)
             logits = self.target.logits(hidden).view(B, Q, -1)
         # Rows of padding have no keys, and so no numbers.
         sizes = magnitudes(hidden).masked_fill_(positions.view(-1) < 0, 0.0)
@@ -305,7 +288,7 @@ class Runner:
         fed = self._combine(B * Q, forward.kv_slots)
         fill_accepted(
             self.draft,
-            self.draft_kv,
+            self.draft_kv.layer,
             buffers.emitted[:, :Q],
             fed,
             forward.length,
@@ -355,43 +338,44 @@ class Runner:
     def _prefill(self, plan: StepPlan, aux: list[AuxRows], clock: Clock) -> Prefilled:
         chunks = plan.prefill
         clock.start()
-        batch = self._prefill_batch(chunks)
+        rows = self._prefill_rows(chunks)
         ids = host_tensor([t for c in chunks for t in c.token_ids], self.device)
         ends = host_tensor([end - 1 for end in _running_sum(chunks)[1:]], self.device)
         final = [i for i, c in enumerate(chunks) if c.samples]
         with invariant(self.options.batch_invariant):
-            hidden = self.target(ids, batch, self.target_kv, self.aux, None)
+            hidden = self.target(ids, rows, self.target_kv, self.aux, None)
             prompt = self._prompt_logprobs(chunks, hidden)
             sampled, logprobs = self._sample_prefill(plan, final, hidden, ends)
+        assert rows.cu_seqlens is not None  # ragged
+        owners = torch.bucketize(
+            torch.arange(len(ids), device=self.device), rows.cu_seqlens[1:], right=True
+        )
         broken = torch.zeros(len(chunks), dtype=torch.int64, device=self.device)
-        broken.index_add_(0, batch.seq_ids, not_finite(magnitudes(hidden)).long())
+        broken.index_add_(0, owners, not_finite(magnitudes(hidden)).long())
         clock.target_done()
         if self.options.keep_aux and self.aux is not None:
             for c, start in zip(chunks, _running_sum(chunks), strict=False):
-                rows = self.aux[:, start : start + len(c.token_ids)].clone()
-                aux.append(AuxRows(c.slot_id, c.start, rows))
+                kept = self.aux[:, start : start + len(c.token_ids)].clone()
+                aux.append(AuxRows(c.slot_id, c.start, kept))
         if self.draft is not None:
-            self._prefill_draft(plan, final, batch, ids, ends, sampled)
+            self._prefill_draft(plan, final, rows, ids, ends, sampled)
         clock.draft_done()
         return Prefilled(to_host(sampled), to_host(broken), logprobs, prompt)
 
-    def _prefill_batch(self, chunks: tuple[PrefillChunk, ...]) -> AttentionBatch:
+    def _prefill_rows(self, chunks: tuple[PrefillChunk, ...]) -> Rows:
         device, sums = self.device, _running_sum(chunks)
         positions = host_tensor([p for c in chunks for p in range(c.start, c.end)], device)
         q_lens = tuple(len(c.token_ids) for c in chunks)
         seq_ids = host_tensor([i for i, n in enumerate(q_lens) for _ in range(n)], device)
         table = self.state.block_table[host_tensor([c.slot_id for c in chunks], device)]
         slots = kv_slots_of(positions[:, None], table[seq_ids], self.options.block_size)
-        return AttentionBatch(
+        return Rows(
             positions=positions,
             kv_slots=slots[:, 0],
-            seq_ids=seq_ids,
             block_tables=table,
-            cu_seqlens_q=host_tensor(sums, device).int(),
             seq_lens=host_tensor([c.end for c in chunks], device).int(),
-            max_q_len=max(q_lens),
             max_seq_len=max(c.end for c in chunks),
-            uniform=False,
+            cu_seqlens=host_tensor(sums, device).int(),
             q_lens=q_lens,
         )
 
@@ -450,7 +434,7 @@ class Runner:
         self,
         plan: StepPlan,
         final: list[int],
-        batch: AttentionBatch,
+        rows: Rows,
         ids: Tensor,
         ends: Tensor,
         sampled: Tensor,
@@ -460,19 +444,21 @@ class Runner:
         The first row takes the carry that its chunk, block or preemption left behind; position 0
         has no draft row. The sampled token's row is filled too and proposes.
         """
-        draft, kv, carry = self.draft, self.draft_kv, self.state.carry
-        assert draft is not None and kv is not None and carry is not None
+        draft, carry, sums = self.draft, self.state.carry, rows.cu_seqlens
+        assert draft is not None and self.draft_kv is not None
+        assert carry is not None and sums is not None
+        kv = self.draft_kv.layer
         chunks = plan.prefill
-        fed = self._combine(ids.shape[0], batch.kv_slots)
+        fed = self._combine(ids.shape[0], rows.kv_slots)
         slots = host_tensor([c.slot_id for c in chunks], self.device)
         before = torch.cat([fed[:1], fed[:-1]])
-        before[batch.cu_seqlens_q[:-1].long()] = carry[slots]
-        has_row = batch.positions > 0
+        before[sums[:-1].long()] = carry[slots]
+        has_row = rows.positions > 0
         draft.fill_kv(
             ids,
             before,
-            torch.where(has_row, batch.positions, -1),
-            torch.where(has_row, batch.kv_slots, -1),
+            torch.where(has_row, rows.positions, -1),
+            torch.where(has_row, rows.kv_slots, -1),
             kv,
         )
         carry[slots] = fed[ends]
@@ -527,7 +513,7 @@ class Runner:
             sampler = Sampler(self.state.sampling, slots, features, self.options.rejection)
         drafts, probs = propose(
             self.draft,
-            self.draft_kv,
+            self.draft_kv.layer,
             tokens,
             hidden,
             position,

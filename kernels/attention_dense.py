@@ -28,6 +28,7 @@ from eaglerun.kernels.language import (
 )
 from eaglerun.kernels.launch import Settings, attention_regime, settings
 from eaglerun.kernels.reference import attention_dense as reference
+from eaglerun.kernels.rows import LayerKV, Rows
 
 LOG2_E = math.log2(math.e)
 
@@ -256,82 +257,84 @@ def merge_kernel(
 @paired(reference.attention_dense)
 def attention_dense(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    max_seq_len: int,
+    kv: LayerKV,
+    rows: Rows,
     scale: float,
     first_key: int = 0,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of the same number of rows Q = N / B for every sequence.
+    """Attention of every row to the keys of its sequence.
 
-    Row n belongs to sequence b = n // Q and sees the keys
+    Row n of sequence b sees the keys
         t in [max(first_key, positions[n] - window + 1), positions[n]], t < seq_lens[b];
     o[n, h] = sum_t softmax_t(q[n, h] . k[t, g] * scale) v[t, g] with g = h // (H / G).
-    A row that sees no key (padding: position -1) is zero. Cells at t >= seq_lens[b] and
-    t < first_key are never read.
+    A row that sees no key (padding: position -1) and one of no sequence are zero. Cells at
+    t >= seq_lens[b] and t < first_key are never read.
 
-    Shapes  q [N, H, D], last dim contiguous; caches [num_blocks, block_size, G, D] contiguous;
-            positions [N]; block_tables [B, max_blocks] int32, entries past a sequence
-            arbitrary; seq_lens [B], at most max_seq_len; returns [N, H, D]. D <= 256,
-            H / G <= 128, scale > 0. N may be 0.
-    Dtypes  q bf16, fp16 or fp32; caches the same, bf16 or fp8 (e4m3fn, scale 1), both alike,
+    Shapes  q [N, H, D], last dim contiguous; kv.k, kv.v [num_blocks, block_size, G, D] contiguous;
+            rows uniform or ragged; returns [N, H, D]. D <= 256, H / G <= 128, scale > 0. N may
+            be 0.
+    Dtypes  q bf16, fp16 or fp32; the caches alike, of q.dtype, bf16 or fp8 (e4m3fn, scale 1),
             cast to q.dtype as they are read (exactly, of fp8); scores, softmax and sums in fp32,
             the softmax weights rounded to q.dtype before they meet v, one cast to q.dtype.
-    Error   3e-3 absolute in bf16 where |v| <= 1 (1e-5 in fp32). A row's bits depend on Q and on
-            its own keys, not on the number of sequences, their lengths or max_seq_len; in a
-            batch-invariant engine (launch.invariant) not on Q either.
+    Error   3e-3 absolute in bf16 where |v| <= 1 (1e-5 in fp32). A uniform row's bits depend on
+            the rows of a sequence and on its own keys, not on the number of sequences, their
+            lengths or max_seq_len; in a batch-invariant engine (launch.invariant) not on the rows
+            of a sequence either. A ragged row's bits depend on its own keys alone.
     Raises  ValueError when N is no multiple of B or H none of G, and on another shape, stride
             or dtype.
     Source  Vaswani et al. 2017, arXiv:1706.03762, eq. 1; pages as Kwon et al. 2023,
             arXiv:2309.06180, section 4.3; the merge as Dao et al., flash-decoding (2023).
     """
-    batch = block_tables.shape[0]
-    check("attention_dense", q, k_cache, v_cache, positions, block_tables, seq_lens, scale)
-    require(q.shape[0] % max(batch, 1) == 0, "attention_dense", q=q, block_tables=block_tables)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not q.numel():
+    check("attention_dense", q, kv, rows, scale)
+    out = row_output(q, rows)
+    per_seq = rows.longest
+    if not per_seq or not q.numel():
         return out
-    rows, heads, dim = q.shape
-    groups, ratio, per_seq = k_cache.shape[2], heads // k_cache.shape[2], rows // batch
-    pairs = power_of_2(per_seq * ratio, 16)
-    launch = settings(f"attention_{attention_regime(pairs)}", q, tile=dim)
-    chunk = launch.pop("CHUNK")
-    limit = launch.pop("SPLITS")
-    # Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
-    splits = min(limit, 4 * cdiv(max_seq_len, 4 * chunk)) if max_seq_len > chunk else 1
-    block_m = max(min(pairs, launch.pop("MAX_M")), launch.pop("MIN_M"), power_of_2(ratio))
-    part, lse = parts(q, splits)
+    heads, dim = q.shape[1:]
+    page, groups = kv.k.shape[1:3]
+    ratio, batch = heads // groups, rows.block_tables.shape[0]
+    ragged = rows.cu_seqlens is not None
+    if ragged:
+        launch = settings("attention_prefill", q, tile=dim)
+        chunk, limit, splits = launch["BLOCK_N"], 1, 1
+        block_m = max(launch.pop("BLOCK_M"), power_of_2(ratio))
+    else:
+        pairs = power_of_2(per_seq * ratio, 16)
+        launch = settings(f"attention_{attention_regime(pairs)}", q, tile=dim)
+        chunk, limit = launch.pop("CHUNK"), launch.pop("SPLITS")
+        # Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
+        longest = rows.max_seq_len
+        splits = min(limit, 4 * cdiv(longest, 4 * chunk)) if longest > chunk else 1
+        block_m = max(min(pairs, launch.pop("MAX_M")), launch.pop("MIN_M"), power_of_2(ratio))
+    part, lse = (out, out) if ragged else parts(q, splits)
+    open_tiles = ragged and page % launch["BLOCK_N"] == 0 and window is None and first_key < 1
+    open_caches = described(q, kv, launch, open_tiles)
     _attention_kernel[(cdiv(per_seq, block_m // ratio), groups * splits, batch)](
         q,
-        k_cache,
-        v_cache,
-        k_cache,
-        v_cache,
+        kv.k,
+        kv.v,
+        *open_caches,
         out,
         part,
         lse,
-        positions,
-        block_tables,
-        seq_lens,
-        seq_lens,
+        rows.positions,
+        rows.block_tables,
+        rows.seq_lens,
+        rows.seq_lens if rows.cu_seqlens is None else rows.cu_seqlens,
         q.stride(0),
         q.stride(1),
-        block_tables.stride(0),
-        per_seq,
+        rows.block_tables.stride(0),
+        0 if ragged else per_seq,
         scale * LOG2_E,
         first_key,
         0 if window is None else window,
         G=groups,
         RATIO=ratio,
         D=dim,
-        PAGE=k_cache.shape[1],
-        RAGGED=False,
+        PAGE=page,
+        RAGGED=ragged,
         WINDOWED=window is not None,
-        DESCRIBED=False,
         SPLITS=splits,
         CHUNK=chunk,
         DOT=dot_dtype(q.dtype),
@@ -340,115 +343,17 @@ def attention_dense(
         **launch,
     )
     if splits > 1:
-        merge_kernel[(rows * heads,)](
-            part,
-            lse,
-            out,
-            positions,
-            seq_lens,
-            per_seq,
-            H=heads,
-            D=dim,
-            SPLITS=splits,
-            CHUNK=chunk,
-            # The limit, not the number in use: a sum over another width adds in another order.
-            BLOCK_S=power_of_2(limit),
-            BLOCK_D=power_of_2(dim),
-            **settings("attention_merge", q),
-        )
-    return out
-
-
-@paired(reference.attention_dense_ragged)
-def attention_dense_ragged(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    q_lens: tuple[int, ...],
-    max_seq_len: int,
-    scale: float,
-    first_key: int = 0,
-    window: int | None = None,
-) -> Tensor:
-    """attention_dense with q_lens[b] rows for sequence b: prefill chunks.
-
-    Rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1] belong to sequence b; rows past the last are zero.
-
-    Shapes  as attention_dense; cu_seqlens_q [B + 1] int32, the running sum of q_lens, for the
-            kernel as q_lens is for the host.
-    Dtypes, Error, Raises  as attention_dense; a row's bits depend on its own keys alone.
-    """
-    check("attention_dense_ragged", q, k_cache, v_cache, positions, block_tables, seq_lens, scale)
-    require(
-        len(q_lens) + 1 == cu_seqlens_q.shape[0]
-        and cu_seqlens_q.is_contiguous()
-        and len(q_lens) == block_tables.shape[0],
-        "attention_dense_ragged",
-        cu_seqlens_q=cu_seqlens_q,
-        q_lens=q_lens,
-    )
-    out = ragged_output(q, q_lens)
-    if not sum(q_lens):
-        return out
-    dim, groups = q.shape[2], k_cache.shape[2]
-    ratio = q.shape[1] // groups
-    launch = settings("attention_prefill", q, tile=dim)
-    block_m = max(launch.pop("BLOCK_M"), power_of_2(ratio))
-    open_tiles = k_cache.shape[1] % launch["BLOCK_N"] == 0 and window is None and first_key < 1
-    open_caches = described(q, k_cache, v_cache, launch, open_tiles)
-    _attention_kernel[(cdiv(max(q_lens), block_m // ratio), groups, len(q_lens))](
-        q,
-        k_cache,
-        v_cache,
-        *open_caches,
-        out,
-        out,
-        out,
-        positions,
-        block_tables,
-        seq_lens,
-        cu_seqlens_q,
-        q.stride(0),
-        q.stride(1),
-        block_tables.stride(0),
-        0,
-        scale * LOG2_E,
-        first_key,
-        0 if window is None else window,
-        G=groups,
-        RATIO=ratio,
-        D=dim,
-        PAGE=k_cache.shape[1],
-        RAGGED=True,
-        WINDOWED=window is not None,
-        SPLITS=1,
-        CHUNK=launch["BLOCK_N"],
-        DOT=dot_dtype(q.dtype),
-        BLOCK_M=block_m,
-        BLOCK_D=power_of_2(dim, 16),
-        **launch,
-    )
+        # The limit, not the number in use: a sum over another width adds in another order.
+        merge(part, lse, out, rows, chunk, power_of_2(limit))
     return out
 
 
 # Shared with attention_sparse.
 
 
-def check(
-    name: str,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-) -> None:
-    groups, dim = k_cache.shape[2:]
+def check(name: str, q: Tensor, kv: LayerKV, rows: Rows, scale: float) -> None:
+    k, v, positions, tables = kv.k, kv.v, rows.positions, rows.block_tables
+    groups, dim = k.shape[2:]
     require(
         q.ndim == 3
         and q.shape[2] == dim
@@ -457,41 +362,37 @@ def check(
         and dim <= 256
         and q.stride(2) == 1
         and q.dtype in FLOATS
-        and k_cache.dtype == v_cache.dtype
-        and k_cache.dtype in (q.dtype, *CACHES)
-        and k_cache.shape == v_cache.shape
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
+        and k.dtype == v.dtype
+        and k.dtype in (q.dtype, *CACHES)
+        and k.shape == v.shape
+        and k.is_contiguous()
+        and v.is_contiguous()
         and positions.shape == q.shape[:1]
         and positions.is_contiguous()
-        and block_tables.dtype == torch.int32
-        and block_tables.stride(1) == 1
-        and seq_lens.shape == block_tables.shape[:1]
-        and seq_lens.is_contiguous()
+        and tables.dtype == torch.int32
+        and tables.stride(1) == 1
+        and rows.seq_lens.shape == tables.shape[:1]
+        and rows.seq_lens.is_contiguous()
+        and not rows.misfit()
         and scale > 0,
         name,
         q=q,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        positions=positions,
-        block_tables=block_tables,
-        seq_lens=seq_lens,
+        kv=kv,
+        rows=rows,
         scale=scale,
     )
 
 
-def described(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, launch: Settings, open_tiles: bool
-) -> list[object]:
+def described(q: Tensor, kv: LayerKV, launch: Settings, open_tiles: bool) -> list[object]:
     """The caches for tiles without a mask, of which there are any with ``open_tiles``: as they
     are, or where ``launch`` says DESCRIBED and their tiles can be copied, each as a descriptor
     [slots, G * D]. DESCRIBED then says which."""
-    groups, dim = k_cache.shape[2:]
-    caches = [k_cache, v_cache]
+    groups, dim = kv.k.shape[2:]
+    caches = [kv.k, kv.v]
     launch["DESCRIBED"] = (
         bool(launch.get("DESCRIBED", 0))
         and open_tiles
-        and k_cache.dtype == q.dtype
+        and kv.k.dtype == q.dtype
         and dim == power_of_2(dim, 16)
         and all(cache.data_ptr() % 16 == 0 for cache in caches)
     )
@@ -509,7 +410,30 @@ def parts(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     return part, part.new_empty(rows, heads, splits)
 
 
-def ragged_output(q: Tensor, q_lens: tuple[int, ...]) -> Tensor:
+def merge(part: Tensor, lse: Tensor, out: Tensor, rows: Rows, chunk: int, width: int) -> None:
+    """Join the ``parts`` of uniform rows into ``out``, as sums of ``width``; ``chunk`` as
+    merge_kernel's."""
+    count, heads, splits, dim = part.shape
+    merge_kernel[(count * heads,)](
+        part,
+        lse,
+        out,
+        rows.positions,
+        rows.seq_lens,
+        rows.longest,
+        H=heads,
+        D=dim,
+        SPLITS=splits,
+        CHUNK=chunk,
+        BLOCK_S=width,
+        BLOCK_D=power_of_2(dim),
+        **settings("attention_merge", out),
+    )
+
+
+def row_output(q: Tensor, rows: Rows) -> Tensor:
+    """Where the attention of q goes; the rows of no sequence are zero already."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    out[sum(q_lens) :].zero_()
+    if rows.cu_seqlens is not None:
+        out[sum(rows.q_lens) :].zero_()
     return out

@@ -20,13 +20,14 @@ from eaglerun.kernels.attention_dense import (
     check,
     described,
     finish,
-    merge_kernel,
+    merge,
     parts,
-    ragged_output,
+    row_output,
 )
 from eaglerun.kernels.language import begin, cdiv, dot_dtype, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import attention_sparse as reference
+from eaglerun.kernels.rows import LayerKV, Rows
 
 
 @jit
@@ -281,20 +282,10 @@ def _attention_union_kernel(
 
 
 @paired(reference.attention_sparse)
-def attention_sparse(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_ids: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    max_seq_len: int,
-    scale: float,
-) -> Tensor:
-    """Attention of uniform rows, each group to its own selection of blocks.
+def attention_sparse(q: Tensor, kv: LayerKV, block_ids: Tensor, rows: Rows, scale: float) -> Tensor:
+    """Attention of every row, each group to its own selection of blocks.
 
-    Row n of sequence b = n // (N / B), group g, sees the keys
+    Row n of sequence b, group g, sees the keys
         t <= positions[n], t < seq_lens[b], t // block_size in block_ids[n, g];
     the rest as attention_dense, which it equals when every causal block is selected. Unselected
     keys are absent from the denominator and are not read.
@@ -302,145 +293,66 @@ def attention_sparse(
     Shapes  as attention_dense; block_ids [N, G, topk] int32 contiguous, block numbers inside the
             sequence in any order, none twice, -1 unused; returns [N, H, D].
     Dtypes  as attention_dense.
-    Error   as attention_dense. A row's bits depend on its selection (its order too) and its own
-            keys alone; in a batch-invariant engine (launch.invariant) they are attention_dense's
-            where the selection is every causal block, ascending.
+    Error   as attention_dense. A row's bits depend on its selection (its order too, but where
+            ragged rows share a program) and its own keys alone; in a batch-invariant engine
+            (launch.invariant) they are attention_dense's where the selection is every causal
+            block, ascending.
     Raises  as attention_dense.
     Source  MiniMaxM3VLIndexer.build_block_mask (transformers 5.23, models/minimax_m3_vl).
     """
-    batch = block_tables.shape[0]
-    require(q.shape[0] % max(batch, 1) == 0, "attention_sparse", q=q, block_tables=block_tables)
-    return _launch(
-        "attention_sparse",
-        q,
-        k_cache,
-        v_cache,
-        block_ids,
-        positions,
-        block_tables,
-        seq_lens,
-        None,
-        (),
-        scale,
-    )
-
-
-@paired(reference.attention_sparse_ragged)
-def attention_sparse_ragged(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_ids: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    q_lens: tuple[int, ...],
-    max_seq_len: int,
-    scale: float,
-) -> Tensor:
-    """attention_sparse with q_lens[b] rows for sequence b: prefill chunks.
-
-    Shapes  as attention_sparse; cu_seqlens_q [B + 1] int32 the running sum of q_lens; rows past
-            the last are zero.
-    Dtypes, Raises  as attention_sparse.
-    Error   as attention_sparse; in a batch-invariant engine a row's bits are those of
-            attention_dense_ragged where the selection is every causal block. Where rows share a
-            program the order of a selection is no matter; a row's bits do not depend on the rows
-            beside it there either.
-    """
-    require(
-        len(q_lens) + 1 == cu_seqlens_q.shape[0]
-        and cu_seqlens_q.is_contiguous()
-        and len(q_lens) == block_tables.shape[0],
-        "attention_sparse_ragged",
-        cu_seqlens_q=cu_seqlens_q,
-        q_lens=q_lens,
-    )
-    return _launch(
-        "attention_sparse_ragged",
-        q,
-        k_cache,
-        v_cache,
-        block_ids,
-        positions,
-        block_tables,
-        seq_lens,
-        cu_seqlens_q,
-        q_lens,
-        scale,
-    )
-
-
-def _launch(
-    name: str,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_ids: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None,
-    q_lens: tuple[int, ...],
-    scale: float,
-) -> Tensor:
-    check(name, q, k_cache, v_cache, positions, block_tables, seq_lens, scale)
-    groups, topk = k_cache.shape[2], block_ids.shape[-1]
+    check("attention_sparse", q, kv, rows, scale)
+    page, groups, topk = kv.k.shape[1], kv.k.shape[2], block_ids.shape[-1]
     require(
         block_ids.shape == (q.shape[0], groups, topk)
         and block_ids.dtype == torch.int32
         and block_ids.is_contiguous(),
-        name,
+        "attention_sparse",
         q=q,
         block_ids=block_ids,
     )
-    ragged = cu_seqlens_q is not None
-    out = ragged_output(q, q_lens if ragged else (q.shape[0],))
-    rows, heads, dim = q.shape
-    batch = block_tables.shape[0]
-    per_seq = max(q_lens, default=0) if ragged else rows // max(batch, 1)
+    out = row_output(q, rows)
+    per_seq = rows.longest
     if not per_seq or not q.numel():
         return out
+    heads, dim = q.shape[1:]
+    ragged = rows.cu_seqlens is not None
     launch = settings("attention_sparse_prefill" if ragged else "attention_sparse_decode", q)
     share = launch.pop("SHARE", 0)
     # A tile of keys from several blocks would hang a row's sums on its neighbours' blocks.
-    whole = k_cache.shape[1] % settings("attention_sparse_union", q)["BLOCK_N"] == 0
-    if cu_seqlens_q is not None and share and whole:
-        _shared(q, k_cache, v_cache, out, block_ids, positions, block_tables, seq_lens,
-                cu_seqlens_q, per_seq, scale)  # fmt: skip
+    whole = page % settings("attention_sparse_union", q)["BLOCK_N"] == 0
+    if ragged and share and whole:
+        _shared(q, kv, block_ids, rows, scale, out)
         return out
     merged, least = launch.pop("MERGED", 1), launch.pop("MIN_M", 16)
-    per_split = topk if ragged else max(launch.pop("CHUNK") // k_cache.shape[1], 1)
+    per_split = topk if ragged else max(launch.pop("CHUNK") // page, 1)
     splits = cdiv(topk, per_split)
     if splits > 1:
         splits = 4 * cdiv(splits, 4)  # as attention_dense's
     part, lse = parts(q, splits)
-    open_tiles = ragged and k_cache.shape[1] % launch["BLOCK_N"] == 0
-    open_caches = described(q, k_cache, v_cache, launch, open_tiles)
-    _attention_sparse_kernel[(per_seq, groups * splits, batch)](
+    open_caches = described(q, kv, launch, ragged and page % launch["BLOCK_N"] == 0)
+    _attention_sparse_kernel[(per_seq, groups * splits, rows.block_tables.shape[0])](
         q,
-        k_cache,
-        v_cache,
+        kv.k,
+        kv.v,
         *open_caches,
         out,
         part,
         lse,
         block_ids,
-        positions,
-        block_tables,
-        seq_lens,
-        seq_lens if cu_seqlens_q is None else cu_seqlens_q,
+        rows.positions,
+        rows.block_tables,
+        rows.seq_lens,
+        rows.seq_lens if rows.cu_seqlens is None else rows.cu_seqlens,
         q.stride(0),
         q.stride(1),
-        block_tables.stride(0),
+        rows.block_tables.stride(0),
         per_seq,
         topk,
         scale * LOG2_E,
         G=groups,
         RATIO=heads // groups,
         D=dim,
-        PAGE=k_cache.shape[1],
+        PAGE=page,
         RAGGED=ragged,
         SPLITS=splits,
         PER_SPLIT=per_split,
@@ -451,54 +363,31 @@ def _launch(
         **launch,
     )
     if splits > 1:
-        merge_kernel[(rows * heads,)](
-            part,
-            lse,
-            out,
-            positions,
-            seq_lens,
-            per_seq,
-            H=heads,
-            D=dim,
-            SPLITS=splits,
-            CHUNK=0,
-            # At least as wide a sum as attention_dense's, where the two are to agree.
-            BLOCK_S=power_of_2(splits, merged),
-            BLOCK_D=power_of_2(dim),
-            **settings("attention_merge", q),
-        )
+        # At least as wide a sum as attention_dense's, where the two are to agree.
+        merge(part, lse, out, rows, 0, power_of_2(splits, merged))
     return out
 
 
 def _shared(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    out: Tensor,
-    block_ids: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    longest: int,
-    scale: float,
+    q: Tensor, kv: LayerKV, block_ids: Tensor, rows: Rows, scale: float, out: Tensor
 ) -> None:
-    """The rows of ``out`` by tiles that share what they read; ``longest`` of q_lens."""
+    """The ragged rows of ``out`` by tiles that share what they read."""
     heads, dim = q.shape[1:]
-    groups, topk, batch = k_cache.shape[2], block_ids.shape[-1], block_tables.shape[0]
+    page, groups = kv.k.shape[1:3]
+    topk, batch = block_ids.shape[-1], rows.block_tables.shape[0]
     launch = settings("attention_sparse_union", q)
     # A power of two: rows are bits of a number, and places of a list.
     tokens = min(power_of_2(launch["BLOCK_M"] // (heads // groups) + 1) // 2, 16)
     # _union_kernel compares each place with each.
     tokens = max(1, min(tokens, 1024 // power_of_2(topk)))
-    tiles, places = cdiv(longest, tokens), tokens * power_of_2(topk)
+    tiles, places = cdiv(rows.longest, tokens), tokens * power_of_2(topk)
     union = torch.empty(batch * tiles * groups, places, dtype=torch.int32, device=q.device)
     takers = torch.empty_like(union)
     count = torch.empty(batch * tiles * groups, dtype=torch.int32, device=q.device)
     grid = (tiles, groups, batch)
     _union_kernel[grid](
         block_ids,
-        cu_seqlens_q,
+        rows.cu_seqlens,
         union,
         takers,
         count,
@@ -511,26 +400,26 @@ def _shared(
     )
     _attention_union_kernel[grid](
         q,
-        k_cache,
-        v_cache,
+        kv.k,
+        kv.v,
         out,
         union,
         takers,
         count,
-        positions,
-        block_tables,
-        seq_lens,
-        cu_seqlens_q,
+        rows.positions,
+        rows.block_tables,
+        rows.seq_lens,
+        rows.cu_seqlens,
         q.stride(0),
         q.stride(1),
-        block_tables.stride(0),
+        rows.block_tables.stride(0),
         tiles,
         scale * LOG2_E,
         G=groups,
         RATIO=heads // groups,
         TOKENS=tokens,
         D=dim,
-        PAGE=k_cache.shape[1],
+        PAGE=page,
         PLACES=places,
         DOT=dot_dtype(q.dtype),
         BLOCK_D=power_of_2(dim, 16),

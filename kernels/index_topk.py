@@ -18,6 +18,7 @@ from eaglerun.kernels.language import (
 )
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import index_topk as reference
+from eaglerun.kernels.rows import LayerKV, Rows
 from eaglerun.kernels.vocab_argmax import index_of, ordered_key
 
 # As in the reference; finite, because a kernel blends them.
@@ -198,42 +199,25 @@ def _topk_blocks_kernel(
 
 
 @paired(reference.block_scores)
-def block_scores(
-    index_q: Tensor,
-    index_k_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    max_seq_len: int,
-) -> Tensor:
-    """The best index score in every block of keys, for uniform rows (Q = N / B a sequence).
+def block_scores(index_q: Tensor, kv: LayerKV, rows: Rows) -> Tensor:
+    """The best index score in every block of keys, for uniform rows.
 
     S[n, g, c] = max over t in block c, t <= positions[n], t < seq_lens[b] of
                  index_q[n, g] . index_k[t]; -1e30 where the block holds no such key, or a NaN.
 
-    Shapes  index_q [N, G, Di] contiguous; index_k_cache [num_blocks, block_size, Di]
-            contiguous; positions, block_tables, seq_lens, max_seq_len as attention_dense;
+    Shapes  index_q [N, G, Di] contiguous; kv.index_k [num_blocks, block_size, Di] contiguous;
             returns [N, G, ceil(max_seq_len / block_size)]. Di <= 256, G <= 64.
     Dtypes  index_q bf16, fp16 or fp32; the cache the same, bf16 or fp8 (e4m3fn, scale 1), cast
             to index_q.dtype as it is read; products and sums in fp32, returned so.
     Error   1e-5 of |q| |k|; a product beyond fp32 counts as a NaN. A row's bits do not depend on
-            other sequences, and in a batch-invariant engine (launch.invariant) not on Q, nor in a
-            chunk on the rows beside.
-    Raises  ValueError when N is no multiple of B, and on another shape, stride or dtype.
+            other sequences, and in a batch-invariant engine (launch.invariant) not on the rows of
+            its own.
+    Raises  ValueError on ragged rows, when N is no multiple of B, and on another shape, stride or
+            dtype.
     Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
     """
-    return _scores(
-        "block_scores",
-        index_q,
-        index_k_cache,
-        positions,
-        block_tables,
-        seq_lens,
-        None,
-        (),
-        max_seq_len,
-        fill=True,
-    )
+    require(rows.cu_seqlens is None, "block_scores", rows=rows)
+    return _scores("block_scores", index_q, kv, rows, fill=True)
 
 
 @paired(reference.topk_blocks)
@@ -295,147 +279,84 @@ def topk_blocks(
 @paired(reference.index_topk)
 def index_topk(
     index_q: Tensor,
-    index_k_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    max_seq_len: int,
+    kv: LayerKV,
+    rows: Rows,
     topk: int,
     init_blocks: int,
     local_blocks: int,
 ) -> Tensor:
-    """topk_blocks of block_scores, for uniform rows: index q and cache in, block ids out.
+    """topk_blocks of block_scores: index q and cache in, block ids out.
 
-    Shapes  inputs as block_scores; returns [N, G, topk] int32 as topk_blocks; all -1 for rows
-            of padding (position -1).
+    Shapes  inputs as block_scores, rows uniform or ragged; returns [N, G, topk] int32 as
+            topk_blocks; all -1 for rows of padding (position -1) and of no sequence.
     Dtypes, Raises  as block_scores.
     Error   equal to the reference but where two scores are closer than block_scores' error, and
-            where it counts a product as a NaN.
+            where it counts a product as a NaN. A ragged row's bits do not depend on the rows
+            beside it in a batch-invariant engine (launch.invariant).
     """
-    scores = _scores(
-        "index_topk",
-        index_q,
-        index_k_cache,
-        positions,
-        block_tables,
-        seq_lens,
-        None,
-        (),
-        max_seq_len,
-        fill=False,
-    )
-    size = index_k_cache.shape[1]
-    return topk_blocks.kernel(scores, positions, size, topk, init_blocks, local_blocks)
-
-
-@paired(reference.index_topk_ragged)
-def index_topk_ragged(
-    index_q: Tensor,
-    index_k_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    q_lens: tuple[int, ...],
-    max_seq_len: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-) -> Tensor:
-    """index_topk with q_lens[b] rows for sequence b; rows past the last are -1.
-
-    Shapes  as index_topk; cu_seqlens_q [B + 1] int32 the running sum of q_lens.
-    Dtypes, Error, Raises  as index_topk.
-    """
-    require(
-        len(q_lens) + 1 == cu_seqlens_q.shape[0]
-        and cu_seqlens_q.is_contiguous()
-        and len(q_lens) == block_tables.shape[0],
-        "index_topk_ragged",
-        cu_seqlens_q=cu_seqlens_q,
-        q_lens=q_lens,
-    )
-    scores = _scores(
-        "index_topk_ragged",
-        index_q,
-        index_k_cache,
-        positions,
-        block_tables,
-        seq_lens,
-        cu_seqlens_q,
-        q_lens,
-        max_seq_len,
-        fill=False,
-    )
-    used, size = sum(q_lens), index_k_cache.shape[1]
-    ids = topk_blocks.kernel(scores[:used], positions[:used], size, topk, init_blocks, local_blocks)
+    scores = _scores("index_topk", index_q, kv, rows, fill=False)
+    positions, size = rows.positions, kv.index_keys("index_topk").shape[1]
+    forced = (topk, init_blocks, local_blocks)
+    if rows.cu_seqlens is None:
+        return topk_blocks.kernel(scores, positions, size, *forced)
+    used = sum(rows.q_lens)
+    ids = topk_blocks.kernel(scores[:used], positions[:used], size, *forced)
     if used == index_q.shape[0]:
         return ids
     return torch.nn.functional.pad(ids, (0, 0, 0, 0, 0, index_q.shape[0] - used), value=-1)
 
 
-def _scores(
-    name: str,
-    index_q: Tensor,
-    index_k_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None,
-    q_lens: tuple[int, ...],
-    max_seq_len: int,
-    *,
-    fill: bool,
-) -> Tensor:
-    """block_scores; without ``fill`` the blocks past a tile's last key are left unwritten."""
-    rows, groups, dim = index_q.shape
-    batch, page = block_tables.shape[0], index_k_cache.shape[1]
-    ragged = cu_seqlens_q is not None
+def _scores(name: str, index_q: Tensor, kv: LayerKV, rows: Rows, *, fill: bool) -> Tensor:
+    """block_scores of rows of either form; without ``fill`` the blocks past a tile's last key are
+    left unwritten."""
+    index_k, positions, tables = kv.index_keys(name), rows.positions, rows.block_tables
+    count, groups, dim = index_q.shape
+    page = index_k.shape[1]
+    ragged = rows.cu_seqlens is not None
     require(
         index_q.is_contiguous()
-        and index_k_cache.is_contiguous()
-        and index_k_cache.shape[2] == dim
+        and index_k.is_contiguous()
+        and index_k.shape[2] == dim
         and index_q.dtype in FLOATS
-        and index_k_cache.dtype in (index_q.dtype, *CACHES)
+        and index_k.dtype in (index_q.dtype, *CACHES)
         and dim <= 256
         and groups <= 64
         and page <= 256
-        and (ragged or rows % max(batch, 1) == 0)
-        and positions.shape == (rows,)
+        and positions.shape == (count,)
         and positions.is_contiguous()
-        and block_tables.dtype == torch.int32
-        and block_tables.stride(1) == 1
-        and seq_lens.shape == (batch,)
-        and seq_lens.is_contiguous(),
+        and tables.dtype == torch.int32
+        and tables.stride(1) == 1
+        and rows.seq_lens.shape == tables.shape[:1]
+        and rows.seq_lens.is_contiguous()
+        and not rows.misfit(),
         name,
         index_q=index_q,
-        index_k_cache=index_k_cache,
-        positions=positions,
-        block_tables=block_tables,
-        seq_lens=seq_lens,
+        index_k=index_k,
+        rows=rows,
     )
-    columns = cdiv(max_seq_len, page)
-    scores = torch.empty(rows, groups, columns, dtype=torch.float32, device=index_q.device)
-    per_seq = max(q_lens, default=0) if ragged else rows // max(batch, 1)
+    columns = cdiv(rows.max_seq_len, page)
+    scores = torch.empty(count, groups, columns, dtype=torch.float32, device=index_q.device)
+    per_seq = rows.longest
     if not per_seq or not scores.numel():
         return scores
     block_p, block_d = power_of_2(page, 16), power_of_2(dim, 16)
-    row = "index_scores_prefill" if ragged else "index_scores_decode"
-    launch = settings(row, index_q, tile=block_p)
+    regime = "prefill" if ragged else "decode"
+    launch = settings(f"index_scores_{regime}", index_q, tile=block_p)
     pairs = min(power_of_2(per_seq * groups), launch.pop("MAX_M"))
     block_m = max(pairs, launch.pop("MIN_M"), power_of_2(groups))
     if block_p * block_d > 1 << 15:
         launch["num_stages"] = 1  # Two tiles of such keys would not fit.
-    _block_scores_kernel[(cdiv(columns, launch["PAGES"]), cdiv(per_seq, block_m // groups), batch)](
+    tiles = cdiv(per_seq, block_m // groups)
+    _block_scores_kernel[(cdiv(columns, launch["PAGES"]), tiles, tables.shape[0])](
         index_q,
-        index_k_cache,
+        index_k,
         scores,
         positions,
-        block_tables,
-        seq_lens,
-        seq_lens if cu_seqlens_q is None else cu_seqlens_q,
+        tables,
+        rows.seq_lens,
+        rows.seq_lens if rows.cu_seqlens is None else rows.cu_seqlens,
         index_q.stride(0),
-        block_tables.stride(0),
+        tables.stride(0),
         per_seq,
         columns,
         NO_SCORE=NO_SCORE,

@@ -11,6 +11,7 @@ from eaglerun.kernels.language import CACHES, FLOATS, begin, cdiv, jit, power_of
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.linear import linear, product_parts
 from eaglerun.kernels.reference import kv_store as reference
+from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
 
 
 @jit
@@ -171,95 +172,45 @@ def _kv_store_kernel(
 
 @paired(reference.kv_store)
 def kv_store(
-    qkv: Tensor,
-    positions: Tensor,
-    kv_slots: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    table: Tensor,
-    eps: float,
-    k_cache: Tensor,
-    v_cache: Tensor,
-) -> Tensor:
+    qkv: Tensor, rows: Rows, norms: HeadNorms, table: Tensor, kv: LayerKV
+) -> tuple[Tensor, Tensor | None]:
     """Per-head Gemma norm and partial RoPE of q and k, and the write of k and v.
 
-    q = rope(gemma_rmsnorm(q, q_norm)), k = rope(gemma_rmsnorm(k, k_norm)), v as it is: norm
-    first, rope second, unrounded in between.
+    q = rope(gemma_rmsnorm(q, norms.q)), k = rope(gemma_rmsnorm(k, norms.k)), v as it is: norm
+    first, rope second, unrounded in between. In a layer with index keys (kv.index_k) the row goes
+    on with index q and index k, which take their own norms and the same rotation; one index key
+    serves all groups.
 
-    Shapes  qkv [N, (H + 2 G) * D], columns q, k, v, rows of any stride; positions, kv_slots [N];
-            q_norm, k_norm [D]; table [max_positions, rotary_dim]; caches [num_blocks,
-            block_size, G, D] contiguous; returns q [N, H, D] contiguous. N may be 0.
+    Shapes  qkv [N, (H + 2 G) * D], columns q, k, v, and of a layer with index keys (G + 1) * Di
+            more, index q, index k; rows of any stride; norms of the layer's form; table
+            [max_positions, rotary_dim]; kv contiguous; returns q [N, H, D] and index q
+            [N, G, Di], contiguous, None of a layer without. N may be 0.
     Dtypes  bf16, fp16 or fp32, norm weights the same or fp32, table fp32; fp32 inside, one cast:
             of q to qkv.dtype, of k and v to their caches', which is qkv.dtype, bf16 or fp8
             (e4m3fn, scale 1, saturated at 448).
-    Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
+    Writes  kv at rows.kv_slots >= 0, nowhere else.
     Error   2 ulp of qkv.dtype at the head's largest value; of fp8 one step where the value lies
             that close to the middle of two; v bit for bit. A row's bits do not depend on the
             others.
     Raises  ValueError on another shape, stride or dtype.
     Source  MiniMaxM3VLAttention (transformers 5.23, models/minimax_m3_vl).
     """
-    return _store(
-        "kv_store", qkv, positions, kv_slots, (q_norm, k_norm), table, eps, k_cache, v_cache
-    )[0]
-
-
-@paired(reference.kv_index_store)
-def kv_index_store(
-    qkv: Tensor,
-    positions: Tensor,
-    kv_slots: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    index_q_norm: Tensor,
-    index_k_norm: Tensor,
-    table: Tensor,
-    eps: float,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    index_k_cache: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """kv_store of a layer with an indexer: the row goes on with index q and index k.
-
-    Shapes  qkv [N, (H + 2 G) * D + (G + 1) * Di], columns q, k, v, index q, index k;
-            index_q_norm, index_k_norm [Di]; index_k_cache [num_blocks, block_size, Di]
-            contiguous; returns q [N, H, D] and index q [N, G, Di], contiguous.
-    Dtypes, Error, Raises  as kv_store.
-    Writes  k_cache, v_cache, index_k_cache at kv_slots >= 0, nowhere else.
-    """
-    norms = (q_norm, k_norm, index_q_norm, index_k_norm)
-    return _store(
-        "kv_index_store",
-        qkv,
-        positions,
-        kv_slots,
-        norms,
-        table,
-        eps,
-        k_cache,
-        v_cache,
-        index_k_cache,
-    )
+    q, index_q = _store("kv_store", qkv, rows.positions, rows.kv_slots, norms, table, kv)
+    return q, None if kv.index_k is None else index_q
 
 
 @paired(reference.draft_kv_store)
-def draft_kv_store(
-    qkv: Tensor,
-    positions: Tensor,
-    kv_slots: Tensor,
-    table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-) -> Tensor:
+def draft_kv_store(qkv: Tensor, rows: Rows, table: Tensor, kv: LayerKV) -> Tensor:
     """RoPE of the draft's q and k without a norm, and the write of k and v.
 
-    The row stored at position p rotates by clamp(p - 1, 0, max_positions - 1).
+    The draft row stored at position p >= 1 pairs the token of p with the target's hidden state
+    of p - 1 and rotates by p - 1: rope index = clamp(positions - 1, 0, max_positions - 1).
 
     Shapes  qkv [N, (H + 2 G) * D], columns q, k, v; H may be 0 (k and v alone are filled); all
             else as kv_store.
     Dtypes, Writes, Error, Raises  as kv_store.
     """
-    return _store("draft_kv_store", qkv, positions, kv_slots, (), table, 0.0, k_cache, v_cache)[0]
+    return _store("draft_kv_store", qkv, rows.positions, rows.kv_slots, None, table, kv)[0]
 
 
 @paired(reference.draft_kv_fill)
@@ -270,33 +221,33 @@ def draft_kv_fill(
     positions: Tensor,
     kv_slots: Tensor,
     table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    kv: LayerKV,
 ) -> None:
     """draft_kv_store of the rows x weight^T (+ bias), k and v alone.
 
-    Few columns have long sums here: several programs share one (linear.product_parts), and the
-    write adds them.
+    The rows attend to nothing, so they are places alone: positions and kv_slots as of Rows. Few
+    columns have long sums here: several programs share one (linear.product_parts), and the write
+    adds them.
 
     Shapes  x [N, C], weight [2 G D, C], rows k, then v; bias [2 G D] or None; last dims
-            contiguous; all else as draft_kv_store.
+            contiguous; positions, kv_slots [N]; all else as draft_kv_store.
     Dtypes  x, weight, bias alike: bf16, fp16 or fp32; sums in fp32; caches of x.dtype, bf16 or fp8.
-    Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
+    Writes  kv at kv_slots >= 0, nowhere else.
     Error   2 ulp of x.dtype at the row's largest value, of fp8 one step: a product of up to 64 rows
             is rounded once, to the cache's dtype, one of more rows to x.dtype first. A row's bits
             hang on that; up to 64 rows not on their number. They decide no token: a draft's.
     Raises  ValueError on another shape, stride or dtype.
     """
-    columns = 2 * k_cache.shape[2] * k_cache.shape[3]
+    columns = 2 * kv.k.shape[2] * kv.k.shape[3]
     require(
-        weight.shape[0] == columns and k_cache.dtype in (x.dtype, *CACHES),
+        weight.shape[0] == columns and kv.k.dtype in (x.dtype, *CACHES),
         "draft_kv_fill",
         weight=weight,
-        k_cache=k_cache,
+        kv=kv,
         x=x,
     )
     parts = product_parts("draft_kv_fill", x, weight, bias)
-    where = (positions, kv_slots, (), table, 0.0, k_cache, v_cache)
+    where = (positions, kv_slots, None, table, kv)
     if parts is None:
         _store("draft_kv_fill", linear.kernel(x, weight, bias), *where)
     else:
@@ -308,23 +259,19 @@ def _store(
     qkv: Tensor,
     positions: Tensor,
     kv_slots: Tensor,
-    norms: tuple[Tensor, ...],
+    norms: HeadNorms | None,
     table: Tensor,
-    eps: float,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    index_k_cache: Tensor | None = None,
+    kv: LayerKV,
     parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """parts [P, N, columns]: what to add up instead of taking qkv, the first of them."""
+    k_cache, v_cache, index_k_cache = kv
     groups, dim = k_cache.shape[2:]
     index_dim = 0 if index_k_cache is None else index_k_cache.shape[2]
     index_columns = (groups + 1) * index_dim if index_dim else 0
     heads, rest = divmod(qkv.shape[1] - index_columns, dim)
     heads -= 2 * groups
     rotary = table.shape[1]
-    caches = (k_cache, v_cache) if index_k_cache is None else (k_cache, v_cache, index_k_cache)
-    sizes = (dim, dim, index_dim, index_dim)
     require(
         not rest
         and heads >= 0
@@ -336,17 +283,15 @@ def _store(
         and table.dtype == torch.float32
         and k_cache.shape == v_cache.shape
         and k_cache.dtype == v_cache.dtype
-        and all(c.is_contiguous() and c.dtype in (qkv.dtype, *CACHES) for c in caches)
-        and all(t.is_contiguous() for t in (positions, kv_slots, table, *norms))
-        and all(n.dtype in (qkv.dtype, torch.float32) for n in norms)
-        and all(n.shape == (size,) for n, size in zip(norms, sizes, strict=False)),
+        and all(c is None or c.is_contiguous() and c.dtype in (qkv.dtype, *CACHES) for c in kv)
+        and all(t.is_contiguous() for t in (positions, kv_slots, table))
+        and (norms is None or _are_norms(norms, dim, index_dim, qkv.dtype)),
         name,
         qkv=qkv,
         positions=positions,
         table=table,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        index_k_cache=index_k_cache,
+        norms=norms,
+        kv=kv,
     )
     rows = qkv.shape[0]
     q = torch.empty(rows, heads, dim, dtype=qkv.dtype, device=qkv.device)
@@ -354,16 +299,15 @@ def _store(
     if rows:
         launch = settings("kv_store", qkv)
         # Pointers that a kernel without norms or indexer never follows.
-        q_norm, k_norm = norms[:2] if norms else (table, table)
-        index_q_norm, index_k_norm = norms[2:] if index_dim else (table, table)
+        own = HeadNorms(table, table, 0.0) if norms is None else norms
         _kv_store_kernel[(rows, cdiv(heads, launch["BLOCK_H"]) + 1)](
             qkv,
             positions,
             kv_slots,
-            q_norm,
-            k_norm,
-            index_q_norm,
-            index_k_norm,
+            own.q,
+            own.k,
+            own.index_q if index_dim else table,
+            own.index_k if index_dim else table,
             table,
             q,
             index_q,
@@ -373,15 +317,15 @@ def _store(
             qkv.stride(0),
             0 if parts is None else parts.stride(0),
             table.shape[0],
-            eps,
+            own.eps,
             PARTS=1 if parts is None else parts.shape[0],
             H=heads,
             G=groups,
             D=dim,
             INDEX_D=index_dim,
             HALF=rotary // 2,
-            SHIFT=0 if norms else 1,
-            NORM=bool(norms),
+            SHIFT=0 if norms is not None else 1,
+            NORM=norms is not None,
             INDEX=index_dim > 0,
             BLOCK_G=power_of_2(groups),
             BLOCK_D=power_of_2(dim),
@@ -391,3 +335,18 @@ def _store(
             **launch,
         )
     return q, index_q
+
+
+def _are_norms(norms: HeadNorms, dim: int, index_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the weights fit heads of ``dim``, and index heads unless ``index_dim`` is 0."""
+    return all(
+        w is not None
+        and w.shape == (size,)
+        and w.dtype in (dtype, torch.float32)
+        and w.is_contiguous()
+        for w, size in (
+            (norms.q, dim),
+            (norms.k, dim),
+            *(((norms.index_q, index_dim), (norms.index_k, index_dim)) if index_dim else ()),
+        )
+    )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from eaglerun.kernels.rows import WORDS
+
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 tl: Any
@@ -104,13 +106,16 @@ def power_of_2(n: int, at_least: int = 1) -> int:
 def require(fits: bool, name: str, /, **tensors: object) -> None:
     """Raise  ValueError with the shape, strides and dtype of what a kernel cannot take."""
     if not fits:
-        told = ", ".join(
-            f"{key} {tuple(t.shape)} strides {t.stride()} {t.dtype}"
-            if isinstance(t, torch.Tensor)
-            else f"{key} {t}"
-            for key, t in tensors.items()
-        )
+        told = ", ".join(_told(key, value) for key, value in tensors.items())
         raise ValueError(f"{name}: no kernel for {told}")
+
+
+def _told(key: str, value: object) -> str:
+    if isinstance(value, WORDS):
+        return ", ".join(_told(f"{key}.{name}", part) for name, part in value._asdict().items())
+    if isinstance(value, torch.Tensor):
+        return f"{key} {tuple(value.shape)} strides {value.stride()} {value.dtype}"
+    return f"{key} {value}"
 
 
 # What a launch that does not fit the device, or does not compile, raises.

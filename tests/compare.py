@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import Op
+from eaglerun.kernels.rows import WORDS
 
 
 def compare(
@@ -64,7 +65,12 @@ def _rank_of_fp8(x: Tensor) -> Tensor:
 
 
 def _copied(args: tuple[Any, ...]) -> list[Any]:
-    return [_copy(a) if isinstance(a, Tensor) else a for a in args]
+    return [_copy(a) if isinstance(a, Tensor) else _copied_word(a) for a in args]
+
+
+def _copied_word(value: Any) -> Any:
+    """A tuple of tensors with each of them copied; anything else as it is."""
+    return type(value)(*_copied(value)) if isinstance(value, WORDS) else value
 
 
 def _copy(t: Tensor) -> Tensor:

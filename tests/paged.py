@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels.reference import narrowed
+from eaglerun.kernels.rows import LayerKV, Rows
 
 
 @dataclass
@@ -19,18 +20,48 @@ class Paged:
     max_seq_len: int
     lengths: tuple[int, ...]
 
-    def uniform(self, rows: int) -> Tensor:
-        """Positions of the last ``rows`` places of each sequence, -1 before its first."""
-        last = torch.tensor(self.lengths)[:, None] - rows + torch.arange(rows)
-        return last.clamp(min=-1).flatten().to(self.seq_lens.device)
+    @property
+    def layer(self) -> LayerKV:
+        """Two caches as keys and values; one as index keys, whose layer's keys nobody reads."""
+        if len(self.caches) == 2:
+            return LayerKV(*self.caches)
+        index_k = self.caches[0]
+        return LayerKV(index_k[:, :, None], index_k[:, :, None], index_k)
 
-    def ragged(self, q_lens: tuple[int, ...], padding: int) -> tuple[Tensor, Tensor]:
-        """Positions of the last q_lens places and then ``padding`` of -1, and cu_seqlens."""
+    def uniform(self, rows: int) -> Rows:
+        """The last ``rows`` places of each sequence, padding before its first."""
+        last = torch.tensor(self.lengths)[:, None] - rows + torch.arange(rows)
+        return self._rows(last.clamp(min=-1).flatten())
+
+    def ragged(self, q_lens: tuple[int, ...], padding: int) -> Rows:
+        """The last q_lens places, and then ``padding`` rows of no sequence."""
         ends = zip(q_lens, self.lengths, strict=True)
         rows = [torch.arange(length - count, length) for count, length in ends]
         positions = torch.cat([*rows, torch.full((padding,), -1)])
-        sums = torch.tensor([0, *accumulate(q_lens)], dtype=torch.int32)
-        return positions.to(self.seq_lens.device), sums.to(self.seq_lens.device)
+        return ragged(self._rows(positions), q_lens)
+
+    def _rows(self, positions: Tensor) -> Rows:
+        """They write nowhere."""
+        positions = positions.to(self.seq_lens.device)
+        nowhere = torch.full_like(positions, -1)
+        return Rows(positions, nowhere, self.block_tables, self.seq_lens, self.max_seq_len)
+
+
+def ragged(rows: Rows, q_lens: tuple[int, ...]) -> Rows:
+    """The same rows, q_lens[b] of them of sequence b."""
+    sums = torch.tensor([0, *accumulate(q_lens)], dtype=torch.int32)
+    return rows._replace(cu_seqlens=sums.to(rows.positions.device), q_lens=q_lens)
+
+
+def cut(rows: Rows, part: slice, own: slice = slice(None)) -> Rows:
+    """Some rows alone, uniform, of the sequences ``own``."""
+    return Rows(
+        rows.positions[part].contiguous(),
+        rows.kv_slots[part],
+        rows.block_tables[own],
+        rows.seq_lens[own],
+        rows.max_seq_len,
+    )
 
 
 def paged(

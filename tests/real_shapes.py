@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eaglerun.kernels import Op
 from eaglerun.kernels.accept import accept, move_on, window
-from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
-from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
+from eaglerun.kernels.attention_dense import attention_dense
+from eaglerun.kernels.attention_sparse import attention_sparse
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.draft_inputs import (
@@ -23,13 +23,14 @@ from eaglerun.kernels.draft_inputs import (
     newest_inputs,
     verify_inputs,
 )
-from eaglerun.kernels.index_topk import index_topk, index_topk_ragged
-from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store, kv_index_store, kv_store
+from eaglerun.kernels.index_topk import index_topk
+from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store, kv_store
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.noise import gumbel, gumbel_argmax, uniform
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
+from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
 from eaglerun.kernels.swiglu_oai import swiglu, swiglu_oai
 from eaglerun.kernels.vocab_argmax import vocab_argmax
 
@@ -56,8 +57,7 @@ def calls(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator
         yield from _prefill(new, ints, cache)
     # Four rows a sequence.
     k, q = new(64, BLOCK, GROUPS, DIM), new(16, HEADS, DIM)
-    where = (ints(16), ints(4, 16, dtype=torch.int32), ints(4, dtype=torch.int32), 2048)
-    yield attention_dense, (q, k, k, *where, 0.1)
+    yield attention_dense, (q, LayerKV(k, k), _rows(ints, 16, 4, 16), 0.1)
     for rows in (1, 4, 256, 2048, 8192):
         x, positions = new(rows, HIDDEN), ints(rows)
         gate, bias = new(EXPERTS, HIDDEN, dtype=torch.float32), new(EXPERTS, dtype=torch.float32)
@@ -74,14 +74,21 @@ def widest(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterato
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    tables, one, two = (new(*s, dtype=torch.int32) for s in ((4, 64), (4,), (5,)))
-    k = new(64, BLOCK, GROUPS, 256)
-    q, positions = new(32, HEADS, 256), new(32, dtype=torch.int64)
-    yield attention_dense, (q, k, k, positions, tables, one, 8192, 0.1)
-    chunk = (positions, tables, one, two, (8,) * 4, 8192)
-    yield attention_dense_ragged, (q, k, k, *chunk, 0.1)
+    def ints(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return new(*shape, dtype=dtype)
+
+    k, q, rows = new(64, BLOCK, GROUPS, 256), new(32, HEADS, 256), _rows(ints, 32, 4, 64)
+    yield attention_dense, (q, LayerKV(k, k), rows, 0.1)
+    chunk = rows._replace(cu_seqlens=ints(5, dtype=torch.int32), q_lens=(8,) * 4)
+    yield attention_dense, (q, LayerKV(k, k), chunk, 0.1)
     index_q, index_k = new(32, 16, 256), new(64, 256, 256)
-    yield index_topk_ragged, (index_q, index_k, *chunk, TOPK, 0, 1)
+    yield index_topk, (index_q, LayerKV(k, k, index_k), chunk, TOPK, 0, 1)
+
+
+def _rows(ints: Any, rows: int, batch: int, blocks: int) -> Rows:
+    """As many of each sequence, of up to ``blocks`` blocks."""
+    tables, lens = (ints(*s, dtype=torch.int32) for s in ((batch, blocks), (batch,)))
+    return Rows(ints(rows), ints(rows), tables, lens, blocks * BLOCK)
 
 
 def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
@@ -117,16 +124,18 @@ def _stores(new: Any, ints: Any, cache: torch.dtype) -> Iterator[Call]:
     norm = new(DIM)
     main = (HEADS + 2 * GROUPS) * DIM
     qkv = new(4, main + (GROUPS + 1) * INDEX_DIM)
-    rows, rope = (ints(4), ints(4)), new(4096, 64, dtype=torch.float32)
-    yield kv_store, (qkv[:, :main], *rows, norm, norm, rope, 1e-6, k, k)
-    yield kv_index_store, (qkv, *rows, norm, norm, norm, norm, rope, 1e-6, k, k, index_k)
+    rows, rope = _rows(ints, 4, 4, 64), new(4096, 64, dtype=torch.float32)
+    kv = LayerKV(k, k)
+    yield kv_store, (qkv[:, :main], rows, HeadNorms(norm, norm, 1e-6), rope, kv)
+    norms = HeadNorms(norm, norm, 1e-6, norm, norm)
+    yield kv_store, (qkv, rows, norms, rope, LayerKV(k, k, index_k))
     rope = new(4096, DIM, dtype=torch.float32)
-    yield draft_kv_store, (qkv[:, :main], *rows, rope, k, k)
+    yield draft_kv_store, (qkv[:, :main], rows, rope, kv)
     joined, columns = new(4, 2 * HIDDEN), 2 * GROUPS * DIM
-    yield draft_kv_fill, (joined, new(columns, 2 * HIDDEN), None, *rows, rope, k, k)
+    yield draft_kv_fill, (joined, new(columns, 2 * HIDDEN), None, ints(4), ints(4), rope, kv)
     if cache == qkv.dtype:
         k = new(8, BLOCK, HEADS, DIM)
-        yield draft_kv_store, (new(4, 3 * HEADS * DIM), *rows, rope, k, k)
+        yield draft_kv_store, (new(4, 3 * HEADS * DIM), rows, rope, LayerKV(k, k))
 
 
 def _attention(
@@ -134,38 +143,28 @@ def _attention(
 ) -> Iterator[Call]:
     q, index_q = new(rows, HEADS, DIM), new(rows, GROUPS, INDEX_DIM)
     k, index_k = new(64, BLOCK, GROUPS, DIM, dtype=cache), new(64, BLOCK, INDEX_DIM, dtype=cache)
-    where = (
-        ints(rows),
-        ints(batch, blocks, dtype=torch.int32),
-        ints(batch, dtype=torch.int32),
-        blocks * BLOCK,
-    )
-    yield attention_dense, (q, k, k, *where, 0.1)
+    kv, where = LayerKV(k, k, index_k), _rows(ints, rows, batch, blocks)
+    yield attention_dense, (q, kv, where, 0.1)
     if rows == batch and cache == q.dtype:
         # The draft with as many keys as heads; it has no key at position 0.
         heads = new(64, BLOCK, HEADS, DIM)
-        yield attention_dense, (q, heads, heads, *where, 0.1, 1)
-    yield index_topk, (index_q, index_k, *where, TOPK, 0, 1)
+        yield attention_dense, (q, LayerKV(heads, heads), where, 0.1, 1)
+    yield index_topk, (index_q, kv, where, TOPK, 0, 1)
     ids = ints(rows, GROUPS, TOPK, dtype=torch.int32)
-    yield attention_sparse, (q, k, k, ids, *where, 0.1)
+    yield attention_sparse, (q, kv, ids, where, 0.1)
 
 
 def _prefill(new: Any, ints: Any, cache: torch.dtype) -> Iterator[Call]:
     q_lens, rows = (1024, 1000), 2048
     q, index_q = new(rows, HEADS, DIM), new(rows, GROUPS, INDEX_DIM)
     k, index_k = new(64, BLOCK, GROUPS, DIM, dtype=cache), new(64, BLOCK, INDEX_DIM, dtype=cache)
-    where = (
-        ints(rows),
-        ints(2, 64, dtype=torch.int32),
-        ints(2, dtype=torch.int32),
-        ints(3, dtype=torch.int32),
-        q_lens,
-        8192,
-    )
-    yield attention_dense_ragged, (q, k, k, *where, 0.1)
+    sums = ints(3, dtype=torch.int32)
+    where = _rows(ints, rows, 2, 64)._replace(cu_seqlens=sums, q_lens=q_lens)
+    kv = LayerKV(k, k, index_k)
+    yield attention_dense, (q, kv, where, 0.1)
     if cache == q.dtype:
         heads = new(64, BLOCK, HEADS, DIM)
-        yield attention_dense_ragged, (q, heads, heads, *where, 0.1, 1)
-    yield index_topk_ragged, (index_q, index_k, *where, TOPK, 0, 1)
+        yield attention_dense, (q, LayerKV(heads, heads), where, 0.1, 1)
+    yield index_topk, (index_q, kv, where, TOPK, 0, 1)
     ids = ints(rows, GROUPS, TOPK, dtype=torch.int32)
-    yield attention_sparse_ragged, (q, k, k, ids, *where, 0.1)
+    yield attention_sparse, (q, kv, ids, where, 0.1)

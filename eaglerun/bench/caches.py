@@ -15,10 +15,11 @@ from eaglerun.bench.table import Columns, Table, number, percent, say
 from eaglerun.bench.workbench import Workbench
 from eaglerun.config import Config, SpeculationConfig
 from eaglerun.engine import Engine
+from eaglerun.kernels.rows import Rows
 from eaglerun.llm import LLM
 from eaglerun.loader import cache_dtypes
 from eaglerun.messages import SamplingParams
-from eaglerun.models.attention import AttentionBatch, TargetKV
+from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import MiniMaxM3
 
 # (kv_cache_dtype, index_cache_dtype)
@@ -153,20 +154,17 @@ def logits_of(
     for start in range(0, len(text), CHUNK):
         end = min(start + CHUNK, len(text))
         positions = torch.arange(start, end, device=device)
-        batch = AttentionBatch(
+        rows = Rows(
             positions=positions,
             kv_slots=positions,
-            seq_ids=torch.zeros_like(positions),
             block_tables=table,
-            cu_seqlens_q=torch.tensor([0, end - start], dtype=torch.int32, device=device),
             seq_lens=torch.tensor([end], dtype=torch.int32, device=device),
-            max_q_len=end - start,
             max_seq_len=end,
-            uniform=False,
+            cu_seqlens=torch.tensor([0, end - start], dtype=torch.int32, device=device),
             q_lens=(end - start,),
         )
         ids = torch.tensor(text[start:end], device=device)
-        hidden = target(ids, batch, kv)
+        hidden = target(ids, rows, kv)
         if end > first:
             found.append(target.logits(hidden[max(first - start, 0) :]))
     return torch.cat(found)

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from eaglerun.batch import host_tensor
 from eaglerun.kernels.index_topk import INIT_SCORE, LOCAL_SCORE, block_scores
-from eaglerun.models.attention import AttentionBatch, TargetKV
+from eaglerun.kernels.rows import LayerKV, Rows
+from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import BlockSelector, DecoderLayer, MiniMaxM3
 from eaglerun.models.moe import Gate, MoE
 from eaglerun.runner import Runner
@@ -94,15 +95,15 @@ class Selections:
             {i: t[sequence, :length].long() for i, t in self.blocks.items()},
         )
 
-    def _note_rows(self, runner: Runner, _: MiniMaxM3, args: tuple[Tensor, AttentionBatch]) -> None:
-        batch = args[1]
-        if batch.uniform:
-            slots = runner.buffers.slots[:, None].expand(-1, batch.max_q_len).flatten()
+    def _note_rows(self, runner: Runner, _: MiniMaxM3, args: tuple[Tensor, Rows]) -> None:
+        rows = args[1]
+        if rows.cu_seqlens is None:
+            slots = runner.buffers.slots[:, None].expand(-1, rows.longest).flatten()
         else:
             assert runner.plan is not None
-            chunks = [chunk.slot_id for chunk in runner.plan.prefill]
-            slots = host_tensor(chunks, runner.device)[batch.seq_ids]
-        positions = batch.positions.clamp(max=self._longest)
+            owners = [c.slot_id for c in runner.plan.prefill for _ in c.token_ids]
+            slots = host_tensor(owners, runner.device)
+        positions = rows.positions.clamp(max=self._longest)
         positions = positions.masked_fill(positions < 0, self._longest)
         self._at = (runner.state.sampling.seed[slots], positions)
 
@@ -294,22 +295,19 @@ class Replay:
             end = min(start + MAX_ROWS, len(prefix))
             count = end - start
             positions = torch.arange(start, end, device=self._device)
-            batch = AttentionBatch(
+            rows = Rows(
                 positions=positions,
                 # Block b of the sequence is block b of the memory.
                 kv_slots=positions,
-                seq_ids=torch.zeros_like(positions),
                 block_tables=table,
-                cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32, device=self._device),
                 seq_lens=torch.tensor([end], dtype=torch.int32, device=self._device),
-                max_q_len=count,
                 max_seq_len=end,
-                uniform=False,
+                cu_seqlens=torch.tensor([0, count], dtype=torch.int32, device=self._device),
                 q_lens=(count,),
             )
             ids = torch.tensor(prefix[start:end], device=self._device)
             with self._following(path, differing, slice(start, end), short):
-                hidden = self._target(ids, batch, self._kv)
+                hidden = self._target(ids, rows, self._kv)
         logits = self._target.logits(hidden[-1:])[0]
         return logits.to(wider), short
 
@@ -365,23 +363,17 @@ class Replay:
         differs: Tensor,
         short: Tensor,
         selector: BlockSelector,
-        args: tuple[Tensor, Tensor, AttentionBatch],
+        args: tuple[Tensor, LayerKV, Rows],
         output: Tensor | None,
     ) -> Tensor | None:
         if output is None:
             return None
-        index_q, index_k_cache, batch = args
-        scores = block_scores(
-            index_q,
-            index_k_cache,
-            batch.positions,
-            batch.block_tables,
-            batch.seq_lens,
-            batch.max_seq_len,
-        )
+        index_q, kv, rows = args
+        # Rows of one sequence are uniform as well.
+        scores = block_scores(index_q, kv, rows._replace(cu_seqlens=None, q_lens=()))
         columns = scores.shape[2]
         block = torch.arange(columns, device=scores.device)
-        causal = (batch.positions // self._size + 1)[:, None, None]
+        causal = (rows.positions // self._size + 1)[:, None, None]
         largest = scores.masked_fill(block >= causal, 0.0).abs().amax(-1)
         scores = scores.masked_fill(block < selector.init_blocks, INIT_SCORE)
         scores = scores.masked_fill(block >= causal - selector.local_blocks, LOCAL_SCORE)

@@ -22,8 +22,8 @@ from eaglerun.bench.table import Columns, Table, number, percent, say
 from eaglerun.errors import ConfigError, EngineError
 from eaglerun.kernels import Op
 from eaglerun.kernels.accept import accept
-from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
-from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
+from eaglerun.kernels.attention_dense import attention_dense
+from eaglerun.kernels.attention_sparse import attention_sparse
 from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.draft_inputs import (
     accepted_inputs,
@@ -31,13 +31,14 @@ from eaglerun.kernels.draft_inputs import (
     newest_inputs,
     verify_inputs,
 )
-from eaglerun.kernels.index_topk import block_scores, index_topk, index_topk_ragged, topk_blocks
-from eaglerun.kernels.kv_store import draft_kv_fill, kv_index_store
+from eaglerun.kernels.index_topk import block_scores, index_topk, topk_blocks
+from eaglerun.kernels.kv_store import draft_kv_fill, kv_store
 from eaglerun.kernels.linear import MAX_ROWS, linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.noise import gumbel_argmax
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
+from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
 from eaglerun.kernels.swiglu_oai import swiglu
 from eaglerun.kernels.vocab_argmax import vocab_argmax
 
@@ -52,6 +53,9 @@ DEVICE = torch.device("cuda")
 @dataclass(frozen=True, slots=True)
 class Case:
     """One kernel at one shape. ``inputs`` are alike; a run takes them in turn.
+
+    The names are those of the recorded tables (recipes/kernels-h200.md): an op that has several
+    forms is named with its form.
 
     moved_bytes, flops  of one call;  tolerance  of |out - ref| / |ref|, 0: equal
     """
@@ -122,21 +126,24 @@ def error_of(case: Case, args: tuple[Any, ...]) -> float:
     in kind, or in an integer. What an op writes in place is restored and compared too."""
     if not isinstance(case.op, Op):
         return 0.0
-    tensors = [a for a in args if isinstance(a, Tensor) and a.numel() < 1 << 26]
+    tensors = [t for t in _tensors(args) if t.numel() < 1 << 26]
     before = [t.clone() for t in tensors]
-    actual = _outputs(case.op.kernel(*args)) + [t.clone() for t in tensors]
+    actual = [*_tensors(case.op.kernel(*args))] + [t.clone() for t in tensors]
     for t, old in zip(tensors, before, strict=True):
         t.copy_(old)
-    expected = _outputs(case.op.reference(*args)) + [t.clone() for t in tensors]
+    expected = [*_tensors(case.op.reference(*args))] + [t.clone() for t in tensors]
     for t, old in zip(tensors, before, strict=True):
         t.copy_(old)
     return max((_distance(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)
 
 
-def _outputs(result: Any) -> list[Tensor]:
-    if result is None:
-        return []
-    return [result] if isinstance(result, Tensor) else list(result)
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Those that ``value`` is or holds, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:
@@ -246,35 +253,44 @@ def _store_case(n: int) -> Case:
     k, v = torch.zeros(2, blocks, PAGE, GROUPS, DIM, dtype=BF16, device=DEVICE)
     index_k = torch.zeros(blocks, PAGE, DIM, dtype=BF16, device=DEVICE)
     table = randn(8192, 64, dtype=torch.float32)
-    norms = [randn(DIM, scale=0.1) for _ in range(4)]
+    q, k_norm, index_q, index_k_norm = (randn(DIM, scale=0.1) for _ in range(4))
+    norms = HeadNorms(q, k_norm, 1e-6, index_q, index_k_norm)
     inputs = [
         (
             randn(n, columns),
-            torch.randint(0, 8192, (n,), device=DEVICE),
-            torch.randperm(blocks * PAGE, device=DEVICE)[:n],
-            *norms,
+            Rows(
+                positions=torch.randint(0, 8192, (n,), device=DEVICE),
+                kv_slots=torch.randperm(blocks * PAGE, device=DEVICE)[:n],
+                # A store looks at no other key.
+                block_tables=torch.zeros(n, 1, dtype=torch.int32, device=DEVICE),
+                seq_lens=torch.zeros(n, dtype=torch.int32, device=DEVICE),
+                max_seq_len=0,
+            ),
+            norms,
             table,
-            1e-6,
-            k,
-            v,
-            index_k,
+            LayerKV(k, v, index_k),
         )
         for _ in range(2 if n > 1000 else 8)
     ]
-    return Case(f"kv_index_store n={n}", kv_index_store, inputs, n * columns * 4)
+    return Case(f"kv_index_store n={n}", kv_store, inputs, n * columns * 4)
 
 
-def paged(
-    batch: int, rows: int, length: int, groups: int, sets: int
-) -> tuple[list[tuple[Any, ...]], Tensor]:
-    """(positions, block_tables, seq_lens) of ``sets`` batches that share no block, and how many
-    blocks that takes."""
+def paged(batch: int, rows: int, length: int, groups: int, sets: int) -> tuple[list[Rows], Tensor]:
+    """The last ``rows`` places of sequences of ``length``, in ``sets`` batches that share no block,
+    and how many blocks that takes. They write nothing."""
     per_seq = -(-length // PAGE)
     order = torch.randperm(sets * batch * per_seq, device=DEVICE, dtype=torch.int32)
     tables = order.view(sets, batch, per_seq)
     last = torch.arange(length - rows, length, device=DEVICE).repeat(batch)
+    nowhere = torch.full_like(last, -1)
     lens = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
-    return [(last, table, lens) for table in tables], order
+    return [Rows(last, nowhere, table, lens, length) for table in tables], order
+
+
+def new_layer(num_blocks: int, groups: int) -> LayerKV:
+    """Random keys and values, and index keys."""
+    k, v = (randn(num_blocks, PAGE, groups, DIM) for _ in range(2))
+    return LayerKV(k, v, randn(num_blocks, PAGE, DIM))
 
 
 def decode_attention_cases() -> Iterator[Case]:
@@ -292,9 +308,9 @@ def decode_attention_cases() -> Iterator[Case]:
         kv_bytes = batch * length * groups * DIM * 4
         sets = max(1, min(16, CACHE_BYTES // kv_bytes))
         wheres, order = paged(batch, rows, length, groups, sets)
-        k, v = (randn(len(order), PAGE, groups, DIM) for _ in range(2))
+        kv = LayerKV(*(randn(len(order), PAGE, groups, DIM) for _ in range(2)))
         n = batch * rows
-        inputs = [(randn(n, HEADS, DIM), k, v, *w, length, DIM**-0.5) for w in wheres]
+        inputs = [(randn(n, HEADS, DIM), kv, where, DIM**-0.5) for where in wheres]
         yield Case(
             f"attention_dense b={batch} q={rows} len={length} groups={groups}",
             attention_dense,
@@ -317,17 +333,15 @@ def _sparse_cases(batch: int, rows: int, length: int) -> Iterator[Case]:
     n, index_bytes = batch * rows, batch * length * DIM * 2
     sets = max(1, min(16, CACHE_BYTES // index_bytes))
     wheres, order = paged(batch, rows, length, GROUPS, sets)
-    index_k = randn(len(order), PAGE, DIM)
+    kv = new_layer(len(order), GROUPS)
     index_q = [randn(n, GROUPS, DIM) for _ in wheres]
-    scored: list[tuple[Any, ...]] = [
-        (q, index_k, *w, length) for q, w in zip(index_q, wheres, strict=True)
-    ]
+    scored: list[tuple[Any, ...]] = [(q, kv, w) for q, w in zip(index_q, wheres, strict=True)]
     name = f"b={batch} q={rows} len={length}"
     flops = 2.0 * n * GROUPS * DIM * length
     yield Case(f"block_scores {name}", block_scores, scored, index_bytes, flops, 1e-5)
     # Scores closer than their error fall either way: the order is checked on given scores, and
     # the two kernels together are only timed.
-    given = [(block_scores.kernel(*s), s[2], PAGE, TOPK, 0, 1) for s in scored]
+    given = [(block_scores.kernel(*s), s[2].positions, PAGE, TOPK, 0, 1) for s in scored]
     yield Case(f"topk_blocks {name}", topk_blocks, given, n * GROUPS * length / PAGE * 4, 0, 0)
     del given
     wished = [(*s, TOPK, 0, 1) for s in scored]
@@ -338,9 +352,8 @@ def _sparse_cases(batch: int, rows: int, length: int) -> Iterator[Case]:
         for b in range(batch)
         for g in range(GROUPS)
     )
-    k, v = (randn(len(order), PAGE, GROUPS, DIM) for _ in range(2))
     inputs = [
-        (randn(n, HEADS, DIM), k, v, chosen, *w, length, DIM**-0.5)
+        (randn(n, HEADS, DIM), kv, chosen, w, DIM**-0.5)
         for chosen, w in zip(ids, wheres, strict=True)
     ]
     yield Case(
@@ -355,30 +368,28 @@ def _sparse_cases(batch: int, rows: int, length: int) -> Iterator[Case]:
 def prefill_cases() -> Iterator[Case]:
     for batch, length in ((1, 8192), (8, 1024)):
         wheres, order = paged(batch, length, length, GROUPS, 1)
-        (positions, tables, lens) = wheres[0]
         n = batch * length
-        q_lens = (length,) * batch
-        cu = torch.arange(0, n + 1, length, dtype=torch.int32, device=DEVICE)
-        where = (positions, tables, lens, cu, q_lens, length)
-        k, v = (randn(len(order), PAGE, GROUPS, DIM) for _ in range(2))
+        sums = torch.arange(0, n + 1, length, dtype=torch.int32, device=DEVICE)
+        rows = wheres[0]._replace(cu_seqlens=sums, q_lens=(length,) * batch)
+        kv = new_layer(len(order), GROUPS)
         q = randn(n, HEADS, DIM)
         name = f"b={batch} len={length}"
         pairs = n * (length + 1) / 2
         moved = n * DIM * (HEADS * 4 + GROUPS * 4)
         yield Case(
             f"attention_dense_ragged {name}",
-            attention_dense_ragged,
-            [(q, k, v, *where, DIM**-0.5)],
+            attention_dense,
+            [(q, kv, rows, DIM**-0.5)],
             moved,
             4.0 * pairs * HEADS * DIM,
         )
         if length <= TOPK * PAGE:
             continue
-        index_q, index_k = randn(n, GROUPS, DIM), randn(len(order), PAGE, DIM)
-        args = (index_q, index_k, *where, TOPK, 0, 1)
+        index_q = randn(n, GROUPS, DIM)
+        args = (index_q, kv, rows, TOPK, 0, 1)
         yield Case(
             f"index_topk_ragged {name}",
-            unchecked(index_topk_ragged),
+            unchecked(index_topk),
             [args],
             n * GROUPS * (DIM * 2 + length / PAGE * 8),
             2.0 * pairs * GROUPS * DIM,
@@ -386,12 +397,12 @@ def prefill_cases() -> Iterator[Case]:
         # Rows that share no choice, and rows that choose much as their neighbours do.
         alike = index_q[::16].repeat_interleave(16, dim=0) + 0.2 * randn(n, GROUPS, DIM)
         for kind, wish in (("", index_q), (" alike", alike)):
-            ids = index_topk_ragged.kernel(wish, *args[1:])
+            ids = index_topk.kernel(wish, *args[1:])
             seen = float((ids >= 0).sum()) * PAGE / GROUPS
             yield Case(
                 f"attention_sparse_ragged {name}{kind}",
-                attention_sparse_ragged,
-                [(q, k, v, ids, *where, DIM**-0.5)],
+                attention_sparse,
+                [(q, kv, ids, rows, DIM**-0.5)],
                 moved,
                 4.0 * seen * HEADS * DIM,
             )
@@ -478,8 +489,7 @@ def _fill_case(n: int) -> Case:
             torch.randint(0, 8192, (n,), device=DEVICE),
             torch.randperm(64 * PAGE, device=DEVICE)[:n],
             table,
-            k,
-            v,
+            LayerKV(k, v),
         )
         for _ in range(set_count(columns * width * 2))
     ]

@@ -30,6 +30,7 @@ from eaglerun.bench.kernels import (
     linear_cases,
     measure,
     moe_cases,
+    new_layer,
     paged,
     peaks,
     prefill_cases,
@@ -37,13 +38,14 @@ from eaglerun.bench.kernels import (
     timed_us,
 )
 from eaglerun.kernels.attention_dense import attention_dense
-from eaglerun.kernels.kv_store import kv_index_store
+from eaglerun.kernels.kv_store import kv_store
 from eaglerun.kernels.language import LAUNCH_ERRORS
 from eaglerun.kernels.launch import changed, overlapping
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
+from eaglerun.kernels.rows import HeadNorms
 
 Changes = dict[str, dict[str, int]]
 WRONG: tuple[type[Exception], ...] = (AssertionError, RuntimeError, *LAUNCH_ERRORS)
@@ -250,12 +252,12 @@ def layer_of(rows: int, count: int) -> Callable[[int], Tensor]:
     """``rows`` sequences of 1280 tokens through ``count`` sparse layers, one after another: every
     kernel of a plain decode step's layer, dense attention as below 2048 tokens."""
     (where,), order = paged(rows, 1, 1280, GROUPS, 1)
-    positions, tables, lens = where
-    k, v = (randn(len(order), PAGE, GROUPS, DIM) for _ in range(2))
-    index_k = randn(len(order), PAGE, DIM)
-    slots = tables.long()[:, -1] * PAGE + PAGE - 1
+    kv = new_layer(len(order), GROUPS)
+    slots = where.block_tables.long()[:, -1] * PAGE + PAGE - 1
+    where = where._replace(kv_slots=slots, max_seq_len=2048)
     rope = randn(2048, 64, dtype=torch.float32)
     norm, own = randn(HIDDEN, scale=0.1), randn(DIM, scale=0.1)
+    norms = HeadNorms(own, own, 1e-6, own, own)
     columns = (HEADS + 2 * GROUPS) * DIM + (GROUPS + 1) * DIM
     qkv = [randn(columns, HIDDEN, scale=0.02) for _ in range(count)]
     o_proj = [randn(HIDDEN, HEADS * DIM, scale=0.02) for _ in range(count)]
@@ -275,13 +277,11 @@ def layer_of(rows: int, count: int) -> Callable[[int], Tensor]:
         i %= count
         y, residual = add_gemma_rmsnorm.kernel(x, stream, norm, 1e-6)
         y = linear.kernel(y, qkv[i])
-        q, _ = kv_index_store.kernel(
-            y, positions, slots, own, own, own, own, rope, 1e-6, k, v, index_k
-        )
-        seen = attention_dense.kernel(q, k, v, positions, tables, lens, 2048, DIM**-0.5)
+        q, _ = kv_store.kernel(y, where, norms, rope, kv)
+        seen = attention_dense.kernel(q, kv, where, DIM**-0.5)
         y = linear.kernel(seen.flatten(1), o_proj[i])
         y, residual = add_gemma_rmsnorm.kernel(y, residual, norm, 1e-6)
-        ids, weights = moe_route.kernel(y, gates[i], None, positions, 4, 2.0)
+        ids, weights = moe_route.kernel(y, gates[i], None, where.positions, 4, 2.0)
         return moe_gemm.kernel(y, w13, w2, ids, weights, 1.702, 7.0, 1.0, *shared[i])
 
     return run

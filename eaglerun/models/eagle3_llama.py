@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store
 from eaglerun.kernels.reference import wide
+from eaglerun.kernels.rows import LayerKV, Rows
 from eaglerun.kernels.swiglu_oai import swiglu
-from eaglerun.models.attention import AttentionBatch, DraftKV, dense_attention
 from eaglerun.models.layers import Embedding, Linear, Norm, Rope
 from eaglerun.spec import DraftSpec
 
@@ -128,7 +129,7 @@ class Eagle3Llama(nn.Module):
         return hidden
 
     def fill_kv(
-        self, token_ids: Tensor, hidden: Tensor, positions: Tensor, kv_slots: Tensor, kv: DraftKV
+        self, token_ids: Tensor, hidden: Tensor, positions: Tensor, kv_slots: Tensor, kv: LayerKV
     ) -> None:
         """Write K and V of the rows (token_ids [N], hidden [N, hidden]) with a kv_slot.
 
@@ -138,10 +139,10 @@ class Eagle3Llama(nn.Module):
         joined = self._join(token_ids, hidden)
         weight, bias = attention.qkv_proj.rows_of(attention.q_rows, attention.all_rows)
         table = self.rope.table(joined.device)
-        draft_kv_fill(joined, weight, bias, positions, kv_slots, table, kv.k, kv.v)
+        draft_kv_fill(joined, weight, bias, positions, kv_slots, table, kv)
 
     def forward(
-        self, token_ids: Tensor, hidden: Tensor, batch: AttentionBatch, kv: DraftKV
+        self, token_ids: Tensor, hidden: Tensor, rows: Rows, kv: LayerKV
     ) -> tuple[Tensor, Tensor]:
         """token_ids [N], hidden [N, hidden] -> (normed f, feedback), both [N, hidden].
 
@@ -155,10 +156,9 @@ class Eagle3Llama(nn.Module):
         attention = self.layer.self_attn
         table = self.rope.table(joined.device)
         qkv: Tensor = attention.qkv_proj(joined)
-        q = draft_kv_store(qkv, batch.positions, batch.kv_slots, table, kv.k, kv.v)
-        attended = dense_attention(
-            q, kv.k, kv.v, batch, first_key=1, window=self.spec.sliding_window
-        )
+        q = draft_kv_store(qkv, rows, table, kv)
+        scale = self.spec.head_dim**-0.5
+        attended = attention_dense(q, kv, rows, scale, 1, self.spec.sliding_window)
         x: Tensor = attention.o_proj(attended.flatten(1))
         x, residual = self.layer.post_attention_layernorm.add(x, hidden)
         x = self.layer.mlp(x)

@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from eaglerun.kernels.kv_store import kv_index_store, kv_store
-from eaglerun.models.attention import (
-    AttentionBatch,
-    TargetKV,
-    dense_attention,
-    select_blocks,
-    sparse_attention,
-)
+from eaglerun.kernels.attention_dense import attention_dense
+from eaglerun.kernels.attention_sparse import attention_sparse
+from eaglerun.kernels.index_topk import index_topk
+from eaglerun.kernels.kv_store import kv_store
+from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
+from eaglerun.models.attention import TargetKV
 from eaglerun.models.layers import Embedding, GemmaNorm, Linear, Rope
 from eaglerun.models.moe import DenseMLP, MoE
 from eaglerun.spec import TargetSpec
@@ -26,16 +24,12 @@ class BlockSelector(nn.Module):
         self.init_blocks = spec.sparse_init_blocks
         self.local_blocks = spec.sparse_local_blocks
 
-    def forward(
-        self, index_q: Tensor, index_k_cache: Tensor, batch: AttentionBatch
-    ) -> Tensor | None:
+    def forward(self, index_q: Tensor, kv: LayerKV, rows: Rows) -> Tensor | None:
         """index_q [N, G, Di] -> [N, G, topk] int32; None where no sequence has more blocks than
         a row may select: all are selected then, and no score is needed."""
-        if batch.max_seq_len <= self.topk * self.block_size:
+        if rows.max_seq_len <= self.topk * self.block_size:
             return None
-        return select_blocks(
-            index_q, index_k_cache, batch, self.topk, self.init_blocks, self.local_blocks
-        )
+        return index_topk(index_q, kv, rows, self.topk, self.init_blocks, self.local_blocks)
 
 
 class Attention(nn.Module):
@@ -72,7 +66,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        batch: AttentionBatch,
+        rows: Rows,
         kv: TargetKV,
         rope_table: Tensor,
         block_ids: Tensor | None,
@@ -82,32 +76,26 @@ class Attention(nn.Module):
         block_ids  selection of the last sparse layer that computed one; None before it, and
                    where all blocks are selected
         """
-        k_cache, v_cache = kv.k[self.layer], kv.v[self.layer]
-        store = (batch.positions, batch.kv_slots, self.q_norm.weight, self.k_norm.weight)
-        index_k_cache = kv.index_k[self.layer]
-        if self.computes_index and index_k_cache is not None:
-            qkv: Tensor = self.qkv_proj(x)
-            q, index_q = kv_index_store(
-                qkv,
-                *store,
-                self.index_q_norm.weight,
-                self.index_k_norm.weight,
-                rope_table,
-                self.spec.rms_norm_eps,
-                k_cache,
-                v_cache,
-                index_k_cache,
-            )
-            block_ids = self.selector(index_q, index_k_cache, batch)
-        else:
-            qkv = self.qkv_proj.rows(x, 0, self.main_rows)
-            q = kv_store(qkv, *store, rope_table, self.spec.rms_norm_eps, k_cache, v_cache)
+        own = kv.layers[self.layer]
+        qkv: Tensor = (
+            self.qkv_proj(x) if self.computes_index else self.qkv_proj.rows(x, 0, self.main_rows)
+        )
+        q, index_q = kv_store(qkv, rows, self._norms(), rope_table, own)
+        if index_q is not None:
+            block_ids = self.selector(index_q, own, rows)
+        scale = self.spec.head_dim**-0.5
         if self.sparse and block_ids is not None:
-            attended = sparse_attention(q, k_cache, v_cache, block_ids, batch)
+            attended = attention_sparse(q, own, block_ids, rows, scale)
         else:
-            attended = dense_attention(q, k_cache, v_cache, batch)
+            attended = attention_dense(q, own, rows, scale)
         out: Tensor = self.o_proj(attended.flatten(1))
         return out, block_ids
+
+    def _norms(self) -> HeadNorms:
+        main = (self.q_norm.weight, self.k_norm.weight, self.spec.rms_norm_eps)
+        if not self.computes_index:
+            return HeadNorms(*main)
+        return HeadNorms(*main, self.index_q_norm.weight, self.index_k_norm.weight)
 
 
 class DecoderLayer(nn.Module):
@@ -139,17 +127,17 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         residual: Tensor,
-        batch: AttentionBatch,
+        rows: Rows,
         kv: TargetKV,
         rope_table: Tensor,
         block_ids: Tensor | None,
         num_experts: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What enter returned -> (feed-forward output, residual, selection in force)."""
-        x, block_ids = self.self_attn(x, batch, kv, rope_table, block_ids)
+        x, block_ids = self.self_attn(x, rows, kv, rope_table, block_ids)
         x, residual = self.post_attention_layernorm.add(x, residual)
         if isinstance(self.mlp, MoE):
-            return self.mlp(x, batch.positions, num_experts), residual, block_ids
+            return self.mlp(x, rows.positions, num_experts), residual, block_ids
         return self.mlp(x), residual, block_ids
 
 
@@ -194,7 +182,7 @@ class MiniMaxM3(nn.Module):
     def forward(
         self,
         token_ids: Tensor,
-        batch: AttentionBatch,
+        rows: Rows,
         kv: TargetKV,
         aux: Tensor | None = None,
         num_experts: Tensor | None = None,
@@ -216,7 +204,7 @@ class MiniMaxM3(nn.Module):
             x, residual = layer.enter(x, residual)
             self._tap(i, residual, aux)
             x, residual, block_ids = layer(
-                x, residual, batch, kv, rope_table, block_ids, num_experts
+                x, residual, rows, kv, rope_table, block_ids, num_experts
             )
         assert x is not None, "a model of no layers"
         hidden, residual = self.norm.add(x, residual)

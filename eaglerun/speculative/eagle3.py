@@ -10,15 +10,15 @@ from torch import Tensor
 
 from eaglerun.kernels.draft_inputs import accepted_inputs, draft_inputs
 from eaglerun.kernels.noise import DRAFT, TOKEN
+from eaglerun.kernels.rows import LayerKV, Rows
 from eaglerun.kernels.vocab_argmax import vocab_argmax
-from eaglerun.models.attention import AttentionBatch, DraftKV, uniform_rows
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.sampling import Features, SamplingState, draw, filtered
 
 
 def fill_accepted(
     draft: Eagle3Llama,
-    kv: DraftKV,
+    kv: LayerKV,
     emitted: Tensor,
     hidden: Tensor,
     length: Tensor,
@@ -58,7 +58,7 @@ class Sampler:
 
 def propose(
     draft: Eagle3Llama,
-    kv: DraftKV,
+    kv: LayerKV,
     tokens: Tensor,
     hidden: Tensor,
     position: Tensor,
@@ -79,23 +79,17 @@ def propose(
             distributions [B, num_passes, vocab_size] where ``sampler`` drew them.
     """
     B = tokens.shape[0]
-    seq_ids, cu_seqlens = uniform_rows(B, 1, tokens.device)
     drafts, probs = [], []
     for s in range(num_passes):
         positions, slots, seq_lens = draft_inputs(position, s, num_propose, block_table, block_size)
-        batch = AttentionBatch(
-            positions=positions.view(-1),
-            kv_slots=slots.view(-1),
-            seq_ids=seq_ids,
-            block_tables=block_table,
-            cu_seqlens_q=cu_seqlens,
-            seq_lens=seq_lens,
-            max_q_len=1,
-            max_seq_len=min(max_seq_len + s, block_table.shape[1] * block_size),
-            uniform=True,
-            q_lens=(1,) * B,
+        rows = Rows(
+            positions.view(-1),
+            slots.view(-1),
+            block_table,
+            seq_lens,
+            min(max_seq_len + s, block_table.shape[1] * block_size),
         )
-        normed, hidden = draft.forward(tokens, hidden, batch, kv)
+        normed, hidden = draft.forward(tokens, hidden, rows, kv)
         logits = draft.logits(normed)
         if sampler is None:
             tokens = draft.to_target_ids(vocab_argmax(logits))

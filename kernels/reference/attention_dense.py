@@ -7,84 +7,31 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels.reference import cache_rows, cast, remember_last, wide
+from eaglerun.kernels.rows import LayerKV, Rows
 
 
 def attention_dense(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    max_seq_len: int,
+    kv: LayerKV,
+    rows: Rows,
     scale: float,
     first_key: int = 0,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of the same number of rows Q = N / B for every sequence.
-
-    Row n belongs to sequence b = n // Q and sees the keys
-        t in [max(first_key, positions[n] - window + 1), positions[n]], t < seq_lens[b];
-    o[n, h] = sum_t softmax_t(q[n, h] . k[t, g] * scale) v[t, g] with g = h // (H / G).
-    A row that sees no key (padding: position -1) is zero. Cells at t >= seq_lens[b] and
-    t < first_key are never used, whatever they hold; nor are the rows of padding.
-
-    Shapes  q [N, H, D], last dim contiguous; caches [num_blocks, block_size, G, D] contiguous;
-            positions [N]; block_tables [B, max_blocks], entries past a sequence arbitrary;
-            seq_lens [B], at most max_seq_len <= max_blocks * block_size; returns [N, H, D].
-    Dtypes  scores, softmax and sums in fp32 (fp64 for fp64), one cast to q.dtype; caches of any
-            float dtype, fp8 (e4m3fn) by its values: scale 1.
-    Raises  ValueError when N is no multiple of B or H none of G.
-    Source  Vaswani et al. 2017, arXiv:1706.03762, eq. 1; pages as Kwon et al. 2023,
-            arXiv:2309.06180, section 4.3.
-    """
-    check_rows("attention_dense", q, k_cache, block_tables)
-    keys = visible_keys(positions, block_tables, seq_lens, max_seq_len, k_cache.shape[1], first_key)
+    """See eaglerun.kernels.attention_dense.attention_dense."""
+    if rows.cu_seqlens is not None:
+        out = torch.zeros_like(q)
+        for part, tile in ragged_tiles(rows):
+            out[part] = attention_dense(q[part], kv, tile, scale, first_key, window)
+        return out
+    groups = kv.k.shape[2]
+    check_rows("attention_dense", q, groups, rows)
+    keys = visible_keys(*keys_of(rows), kv.block_size, first_key)
     hidden = keys.hidden
     if window is not None:
         t = torch.arange(hidden.shape[-1], device=q.device)
-        hidden = hidden | (t <= positions.view(len(seq_lens), -1, 1) - window)
-    cells = group_cells(keys.slots, k_cache.shape[2])
-    return attend(q, k_cache, v_cache, cells, *penalty(hidden, q.dtype), scale)
-
-
-def attention_dense_ragged(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    q_lens: tuple[int, ...],
-    max_seq_len: int,
-    scale: float,
-    first_key: int = 0,
-    window: int | None = None,
-) -> Tensor:
-    """attention_dense with q_lens[b] rows for sequence b: prefill chunks.
-
-    Rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1] belong to sequence b; rows past the last are zero.
-
-    Shapes  as attention_dense; cu_seqlens_q [B + 1], the running sum of q_lens, for the kernel
-            as q_lens is for the host.
-    Dtypes, Raises  as attention_dense.
-    """
-    out = torch.zeros_like(q)
-    for rows, b, keys in ragged_tiles(q_lens, seq_lens, positions):
-        out[rows] = attention_dense(
-            q[rows],
-            k_cache,
-            v_cache,
-            positions[rows],
-            block_tables[b],
-            seq_lens[b],
-            keys,
-            scale,
-            first_key,
-            window,
-        )
-    return out
+        hidden = hidden | (t <= rows.positions.view(len(rows.seq_lens), -1, 1) - window)
+    return attend(q, kv, group_cells(keys.slots, groups), *penalty(hidden, q.dtype), scale)
 
 
 # What the paged references share. None of it is a kernel's twin.
@@ -92,12 +39,19 @@ def attention_dense_ragged(
 _TILE_ROWS = 256
 
 
-def check_rows(name: str, q: Tensor, k_cache: Tensor, block_tables: Tensor) -> None:
-    if q.shape[0] % max(block_tables.shape[0], 1) or q.shape[1] % k_cache.shape[2]:
+def check_rows(name: str, q: Tensor, groups: int, rows: Rows) -> None:
+    """Raises  ValueError unless each sequence has as many rows and each group as many heads."""
+    if q.shape[0] % max(rows.block_tables.shape[0], 1) or q.shape[1] % groups:
         raise ValueError(
-            f"{name}: q {tuple(q.shape)}, cache {tuple(k_cache.shape)}, "
-            f"block_tables {tuple(block_tables.shape)}"
+            f"{name}: q {tuple(q.shape)}, {groups} groups, "
+            f"block_tables {tuple(rows.block_tables.shape)}"
         )
+
+
+def keys_of(rows: Rows) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What says which keys uniform rows see: the first arguments of visible_keys, which tells
+    tensors apart and not rows."""
+    return rows.positions, rows.block_tables, rows.seq_lens, rows.max_seq_len
 
 
 class Keys(NamedTuple):
@@ -161,13 +115,7 @@ def blind_rows(bias: Tensor) -> Tensor | None:
 
 
 def attend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cells: Tensor,
-    bias: Tensor,
-    blind: Tensor | None,
-    scale: float,
+    q: Tensor, kv: LayerKV, cells: Tensor, bias: Tensor, blind: Tensor | None, scale: float
 ) -> Tensor:
     """Softmax attention of q [N, H, D] to the keys in cells [B, G, L], of group_cells.
 
@@ -181,8 +129,8 @@ def attend(
     # Cells of one group are gathered side by side: k, v [B * G, L, D], ready for bmm.
     flat = cells.flatten()
     grouped = (wide(q) * scale).view(batch, rows, groups, ratio, dim).transpose(1, 2)
-    k = cache_rows(k_cache.view(-1, dim), flat, grouped.dtype).view(-1, length, dim)
-    v = cache_rows(v_cache.view(-1, dim), flat, grouped.dtype).view(-1, length, dim)
+    k = cache_rows(kv.k.view(-1, dim), flat, grouped.dtype).view(-1, length, dim)
+    v = cache_rows(kv.v.view(-1, dim), flat, grouped.dtype).view(-1, length, dim)
     scores = torch.bmm(grouped.reshape(-1, rows * ratio, dim), k.transpose(1, 2))
     scores = scores.view(batch, groups, rows, ratio, length).add_(bias)
     # The softmax of a row without keys is NaN.
@@ -193,14 +141,19 @@ def attend(
     return cast(out.transpose(1, 2).reshape(q.shape), q.dtype)
 
 
-def ragged_tiles(
-    q_lens: tuple[int, ...], seq_lens: Tensor, positions: Tensor
-) -> list[tuple[slice, slice, int]]:
-    """Rows of at most _TILE_ROWS, their sequence, and how many keys they can see at most."""
+def ragged_tiles(rows: Rows) -> list[tuple[slice, Rows]]:
+    """At most _TILE_ROWS rows of one sequence each, as uniform rows, and where they stand. Their
+    bound of keys is what they can see."""
     tiles = []
-    for b, (q_len, end) in enumerate(zip(q_lens, accumulate(q_lens), strict=True)):
+    ends = accumulate(rows.q_lens)
+    for b, (q_len, end) in enumerate(zip(rows.q_lens, ends, strict=True)):
+        own = slice(b, b + 1)
         for start in range(end - q_len, end, _TILE_ROWS):
-            rows = slice(start, min(start + _TILE_ROWS, end))
-            keys = min(int(seq_lens[b]), int(positions[rows].max()) + 1)
-            tiles.append((rows, slice(b, b + 1), keys))
+            part = slice(start, min(start + _TILE_ROWS, end))
+            positions = rows.positions[part]
+            keys = min(int(rows.seq_lens[b]), int(positions.max()) + 1)
+            tile = Rows(
+                positions, rows.kv_slots[part], rows.block_tables[own], rows.seq_lens[own], keys
+            )
+            tiles.append((part, tile))
     return tiles

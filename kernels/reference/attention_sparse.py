@@ -8,49 +8,35 @@ from eaglerun.kernels.reference.attention_dense import (
     blind_rows,
     check_rows,
     group_cells,
+    keys_of,
     penalty,
     ragged_tiles,
     visible_keys,
 )
+from eaglerun.kernels.rows import LayerKV, Rows
 
 
-def attention_sparse(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_ids: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    max_seq_len: int,
-    scale: float,
-) -> Tensor:
-    """Attention of uniform rows, each group to its own selection of blocks.
-
-    Row n of sequence b = n // (N / B), group g, sees the keys
-        t <= positions[n], t < seq_lens[b], t // block_size in block_ids[n, g];
-    the rest as attention_dense, which it equals when every causal block is selected. Unselected
-    keys are absent from the denominator.
-
-    Shapes  as attention_dense; block_ids [N, G, topk], block numbers inside the sequence in any
-            order, -1 unused; returns [N, H, D].
-    Dtypes, Raises  as attention_dense.
-    Source  MiniMaxM3VLIndexer.build_block_mask (transformers 5.23, models/minimax_m3_vl).
-    """
-    check_rows("attention_sparse", q, k_cache, block_tables)
-    block_size, groups = k_cache.shape[1:3]
-    keys = visible_keys(positions, block_tables, seq_lens, max_seq_len, block_size)
-    batch, rows, length = keys.hidden.shape
+def attention_sparse(q: Tensor, kv: LayerKV, block_ids: Tensor, rows: Rows, scale: float) -> Tensor:
+    """See eaglerun.kernels.attention_sparse.attention_sparse."""
+    if rows.cu_seqlens is not None:
+        out = torch.zeros_like(q)
+        for part, tile in ragged_tiles(rows):
+            out[part] = attention_sparse(q[part], kv, block_ids[part], tile, scale)
+        return out
+    block_size, groups = kv.k.shape[1:3]
+    check_rows("attention_sparse", q, groups, rows)
+    keys = visible_keys(*keys_of(rows), block_size)
+    batch, per_seq, length = keys.hidden.shape
     num_blocks = length // block_size
     bias, _ = penalty(keys.hidden, q.dtype)
-    if block_ids.shape[2] * rows < num_blocks:
+    if block_ids.shape[2] * per_seq < num_blocks:
         cells, bias = _selected(block_ids, keys.slots, bias, num_blocks)
     else:
         cells = group_cells(keys.slots, groups)
-        chosen = _chosen(block_ids, num_blocks, bias.dtype).view(batch, rows, groups, -1, 1)
-        bias = bias.view(batch, 1, rows, num_blocks, block_size) + chosen.transpose(1, 2)
-        bias = bias.view(batch, groups, rows, 1, length)
-    return attend(q, k_cache, v_cache, cells, bias, blind_rows(bias), scale)
+        chosen = _chosen(block_ids, num_blocks, bias.dtype).view(batch, per_seq, groups, -1, 1)
+        bias = bias.view(batch, 1, per_seq, num_blocks, block_size) + chosen.transpose(1, 2)
+        bias = bias.view(batch, groups, per_seq, 1, length)
+    return attend(q, kv, cells, bias, blind_rows(bias), scale)
 
 
 def _chosen(block_ids: Tensor, num_blocks: int, dtype: torch.dtype) -> Tensor:
@@ -81,37 +67,3 @@ def _selected(
     bias = bias.view(*block_ids.shape, block_size).masked_fill_(unused[..., None], -torch.inf)
     cells = slots * groups + torch.arange(groups, device=slots.device)[:, None]
     return cells, bias.view(count, groups, 1, 1, -1)
-
-
-def attention_sparse_ragged(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_ids: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    q_lens: tuple[int, ...],
-    max_seq_len: int,
-    scale: float,
-) -> Tensor:
-    """attention_sparse with q_lens[b] rows for sequence b: prefill chunks.
-
-    Shapes  as attention_sparse; cu_seqlens_q [B + 1] the running sum of q_lens; rows past the
-            last are zero.
-    """
-    out = torch.zeros_like(q)
-    for rows, b, keys in ragged_tiles(q_lens, seq_lens, positions):
-        out[rows] = attention_sparse(
-            q[rows],
-            k_cache,
-            v_cache,
-            block_ids[rows],
-            positions[rows],
-            block_tables[b],
-            seq_lens[b],
-            keys,
-            scale,
-        )
-    return out

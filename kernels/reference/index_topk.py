@@ -6,47 +6,33 @@ from torch import Tensor
 from eaglerun.kernels.reference import cache_rows, remember_last, wide
 from eaglerun.kernels.reference.attention_dense import (
     check_rows,
+    keys_of,
     penalty,
     ragged_tiles,
     visible_keys,
 )
+from eaglerun.kernels.rows import LayerKV, Rows
 
 # Finite, as in the kernels, and above or below every real score. Init wins over local.
 INIT_SCORE, LOCAL_SCORE, NO_SCORE = 1e30, 1e29, -1e30
 
 
-def block_scores(
-    index_q: Tensor,
-    index_k_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    max_seq_len: int,
-) -> Tensor:
-    """The best index score in every block of keys, for uniform rows (Q = N / B a sequence).
-
-    S[n, g, c] = max over t in block c, t <= positions[n], t < seq_lens[b] of
-                 index_q[n, g] . index_k[t]; -1e30 where the block holds no such key, or for NaN.
-
-    Shapes  index_q [N, G, Di]; index_k_cache [num_blocks, block_size, Di] contiguous;
-            positions, block_tables, seq_lens, max_seq_len as attention_dense;
-            returns [N, G, ceil(max_seq_len / block_size)].
-    Dtypes  products and sums in fp32 (fp64 for fp64), returned so; a cache of any float dtype, fp8
-            (e4m3fn) by its values: scale 1. index_q is not narrowed.
-    Raises  ValueError when N is no multiple of B.
-    Source  MiniMaxM3VLIndexer (transformers 5.23, models/minimax_m3_vl).
-    """
-    check_rows("block_scores", index_q, index_k_cache[:, :, None], block_tables)
-    block_size, dim = index_k_cache.shape[1:]
-    keys = visible_keys(positions, block_tables, seq_lens, max_seq_len, block_size)
-    batch, rows, length = keys.hidden.shape
+def block_scores(index_q: Tensor, kv: LayerKV, rows: Rows) -> Tensor:
+    """See eaglerun.kernels.index_topk.block_scores."""
+    index_k = kv.index_keys("block_scores")
+    if rows.cu_seqlens is not None:
+        raise ValueError("block_scores: ragged rows")
+    check_rows("block_scores", index_q, 1, rows)
+    block_size, dim = index_k.shape[1:]
+    keys = visible_keys(*keys_of(rows), block_size)
+    batch, per_seq, length = keys.hidden.shape
     groups = index_q.shape[1]
-    q = wide(index_q).reshape(batch, rows * groups, dim)
-    k = cache_rows(index_k_cache.view(-1, dim), keys.slots.flatten(), q.dtype)
+    q = wide(index_q).reshape(batch, per_seq * groups, dim)
+    k = cache_rows(index_k.view(-1, dim), keys.slots.flatten(), q.dtype)
     scores = torch.bmm(q, k.view(batch, length, dim).transpose(1, 2))
     bias, _ = penalty(keys.hidden, index_q.dtype)
-    scores = scores.view(batch, rows, groups, length).add_(bias[:, 0])
-    best = scores.view(batch * rows, groups, length // block_size, block_size).amax(-1)
+    scores = scores.view(batch, per_seq, groups, length).add_(bias[:, 0])
+    best = scores.view(batch * per_seq, groups, length // block_size, block_size).amax(-1)
     return best.nan_to_num_(nan=NO_SCORE, neginf=NO_SCORE)
 
 
@@ -108,54 +94,19 @@ def _fixed_scores(
 
 def index_topk(
     index_q: Tensor,
-    index_k_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    max_seq_len: int,
+    kv: LayerKV,
+    rows: Rows,
     topk: int,
     init_blocks: int,
     local_blocks: int,
 ) -> Tensor:
-    """topk_blocks of block_scores, for uniform rows: index q and cache in, block ids out.
-
-    Shapes  inputs as block_scores; returns [N, G, topk] int32 as topk_blocks; all -1 for rows
-            of padding (position -1).
-    """
-    scores = block_scores(index_q, index_k_cache, positions, block_tables, seq_lens, max_seq_len)
-    block_size = index_k_cache.shape[1]
-    return topk_blocks(scores, positions, block_size, topk, init_blocks, local_blocks)
-
-
-def index_topk_ragged(
-    index_q: Tensor,
-    index_k_cache: Tensor,
-    positions: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    q_lens: tuple[int, ...],
-    max_seq_len: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-) -> Tensor:
-    """index_topk with q_lens[b] rows for sequence b; rows past the last are -1.
-
-    Shapes  as index_topk; cu_seqlens_q [B + 1] the running sum of q_lens.
-    """
-    shape = (index_q.shape[0], index_q.shape[1], topk)
-    out = torch.full(shape, -1, dtype=torch.int32, device=index_q.device)
-    for rows, b, keys in ragged_tiles(q_lens, seq_lens, positions):
-        out[rows] = index_topk(
-            index_q[rows],
-            index_k_cache,
-            positions[rows],
-            block_tables[b],
-            seq_lens[b],
-            keys,
-            topk,
-            init_blocks,
-            local_blocks,
-        )
-    return out
+    """See eaglerun.kernels.index_topk.index_topk."""
+    forced = (topk, init_blocks, local_blocks)
+    if rows.cu_seqlens is not None:
+        shape = (index_q.shape[0], index_q.shape[1], topk)
+        out = torch.full(shape, -1, dtype=torch.int32, device=index_q.device)
+        for part, tile in ragged_tiles(rows):
+            out[part] = index_topk(index_q[part], kv, tile, *forced)
+        return out
+    scores = block_scores(index_q, kv, rows)
+    return topk_blocks(scores, rows.positions, kv.index_keys("index_topk").shape[1], *forced)

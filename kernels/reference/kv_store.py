@@ -12,103 +12,35 @@ from eaglerun.kernels.reference import as_bytes, cast, narrowed, remember_last, 
 from eaglerun.kernels.reference.linear import linear
 from eaglerun.kernels.reference.rmsnorm import gemma_rmsnorm
 from eaglerun.kernels.reference.rope import rope
+from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
 
 
 def kv_store(
-    qkv: Tensor,
-    positions: Tensor,
-    kv_slots: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    table: Tensor,
-    eps: float,
-    k_cache: Tensor,
-    v_cache: Tensor,
-) -> Tensor:
-    """Per-head Gemma norm and partial RoPE of q and k, and the write of k and v.
-
-    q = rope(gemma_rmsnorm(q, q_norm)), k = rope(gemma_rmsnorm(k, k_norm)), v as it is: norm
-    first, rope second, unrounded in between.
-
-    Shapes  qkv [N, (H + 2 G) * D], columns q, k, v, rows of any stride; positions, kv_slots [N];
-            q_norm, k_norm [D]; table [max_positions, rotary_dim]; returns q [N, H, D].
-    Dtypes  norm and rope in fp32 (fp64 for fp64), one cast: of q to qkv.dtype, of k and v to their
-            cache's.
-    Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
-    Raises  ValueError when the columns are not a whole number of heads above 2 G.
-    Source  MiniMaxM3VLAttention (transformers 5.23, models/minimax_m3_vl).
-    """
-    rows, heads = _head_rows("kv_store", qkv, k_cache)
-    groups = k_cache.shape[2]
-    qk = _norm_rope(rows[:, : heads + groups], heads, q_norm, k_norm, positions, table, eps)
-    _write(kv_slots, (k_cache, qk[:, heads:]), (v_cache, rows[:, heads + groups :]))
-    return cast(qk[:, :heads], qkv.dtype)
+    qkv: Tensor, rows: Rows, norms: HeadNorms, table: Tensor, kv: LayerKV
+) -> tuple[Tensor, Tensor | None]:
+    """See eaglerun.kernels.kv_store.kv_store."""
+    groups = kv.k.shape[2]
+    index_dim = 0 if kv.index_k is None else kv.index_k.shape[2]
+    split = qkv.shape[1] - (groups + 1) * index_dim if index_dim else qkv.shape[1]
+    heads, num_heads = _head_rows("kv_store", qkv[:, :split], kv)
+    turn = (rows.positions, table, norms.eps)
+    qk = _norm_rope(heads[:, : num_heads + groups], num_heads, norms.q, norms.k, *turn)
+    writes = [(kv.k, qk[:, num_heads:]), (kv.v, heads[:, num_heads + groups :])]
+    index_q = None
+    if kv.index_k is not None:
+        if norms.index_q is None or norms.index_k is None:
+            raise ValueError("kv_store: a layer with index keys needs their norms")
+        index = qkv[:, split:].view(len(qkv), groups + 1, index_dim)
+        index = _norm_rope(index, groups, norms.index_q, norms.index_k, *turn)
+        writes.append((kv.index_k, index[:, groups]))
+        index_q = cast(index[:, :groups], qkv.dtype)
+    _write(rows.kv_slots, *writes)
+    return cast(qk[:, :num_heads], qkv.dtype), index_q
 
 
-def kv_index_store(
-    qkv: Tensor,
-    positions: Tensor,
-    kv_slots: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    index_q_norm: Tensor,
-    index_k_norm: Tensor,
-    table: Tensor,
-    eps: float,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    index_k_cache: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """kv_store of a layer with an indexer: the row goes on with index q and index k.
-
-    Both take their own norm and the same rotation; one index key serves all groups.
-
-    Shapes  qkv [N, (H + 2 G) * D + (G + 1) * Di], columns q, k, v, index q, index k;
-            index_q_norm, index_k_norm [Di]; index_k_cache [num_blocks, block_size, Di];
-            returns q [N, H, D] and index q [N, G, Di].
-    Dtypes  as kv_store.
-    Writes  k_cache, v_cache, index_k_cache at kv_slots >= 0, nowhere else.
-    Raises  as kv_store.
-    """
-    groups, index_dim = k_cache.shape[2], index_k_cache.shape[2]
-    split = qkv.shape[1] - (groups + 1) * index_dim
-    rows, heads = _head_rows("kv_index_store", qkv[:, :split], k_cache)
-    qk = _norm_rope(rows[:, : heads + groups], heads, q_norm, k_norm, positions, table, eps)
-    index = qkv[:, split:].view(len(qkv), groups + 1, index_dim)
-    index = _norm_rope(index, groups, index_q_norm, index_k_norm, positions, table, eps)
-    _write(
-        kv_slots,
-        (k_cache, qk[:, heads:]),
-        (v_cache, rows[:, heads + groups :]),
-        (index_k_cache, index[:, groups]),
-    )
-    return cast(qk[:, :heads], qkv.dtype), cast(index[:, :groups], qkv.dtype)
-
-
-def draft_kv_store(
-    qkv: Tensor,
-    positions: Tensor,
-    kv_slots: Tensor,
-    table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-) -> Tensor:
-    """RoPE of the draft's q and k without a norm, and the write of k and v.
-
-    The draft row stored at position p >= 1 pairs the token of p with the target's hidden state
-    of p - 1 and rotates by p - 1: rope index = clamp(positions - 1, 0, max_positions - 1).
-
-    Shapes  qkv [N, (H + 2 G) * D], columns q, k, v; H may be 0 (k and v alone are filled);
-            positions, kv_slots [N]; table [max_positions, rotary_dim]; returns q [N, H, D].
-    Dtypes  as kv_store.
-    Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
-    Raises  as kv_store.
-    """
-    rows, heads = _head_rows("draft_kv_store", qkv, k_cache)
-    groups = k_cache.shape[2]
-    qk = rope(wide(rows[:, : heads + groups]), positions - 1, table)
-    _write(kv_slots, (k_cache, qk[:, heads:]), (v_cache, rows[:, heads + groups :]))
-    return cast(qk[:, :heads], qkv.dtype)
+def draft_kv_store(qkv: Tensor, rows: Rows, table: Tensor, kv: LayerKV) -> Tensor:
+    """See eaglerun.kernels.kv_store.draft_kv_store."""
+    return _draft_store(qkv, rows.positions, rows.kv_slots, table, kv)
 
 
 def draft_kv_fill(
@@ -118,22 +50,25 @@ def draft_kv_fill(
     positions: Tensor,
     kv_slots: Tensor,
     table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    kv: LayerKV,
 ) -> None:
-    """draft_kv_store of the rows x weight^T (+ bias), k and v alone.
-
-    Shapes  x [N, C], weight [2 G D, C], rows k, then v; bias [2 G D] or None; all else as
-            draft_kv_store.
-    Writes  k_cache, v_cache at kv_slots >= 0, nowhere else.
-    Raises  as linear and draft_kv_store.
-    """
-    draft_kv_store(linear(x, weight, bias), positions, kv_slots, table, k_cache, v_cache)
+    """See eaglerun.kernels.kv_store.draft_kv_fill."""
+    _draft_store(linear(x, weight, bias), positions, kv_slots, table, kv)
 
 
-def _head_rows(name: str, qkv: Tensor, k_cache: Tensor) -> tuple[Tensor, int]:
+def _draft_store(
+    qkv: Tensor, positions: Tensor, kv_slots: Tensor, table: Tensor, kv: LayerKV
+) -> Tensor:
+    rows, heads = _head_rows("draft_kv_store", qkv, kv)
+    groups = kv.k.shape[2]
+    qk = rope(wide(rows[:, : heads + groups]), positions - 1, table)
+    _write(kv_slots, (kv.k, qk[:, heads:]), (kv.v, rows[:, heads + groups :]))
+    return cast(qk[:, :heads], qkv.dtype)
+
+
+def _head_rows(name: str, qkv: Tensor, kv: LayerKV) -> tuple[Tensor, int]:
     """qkv as [N, H + 2 G, D], and H."""
-    groups, dim = k_cache.shape[2:]
+    groups, dim = kv.k.shape[2:]
     heads, rest = divmod(qkv.shape[1], dim)
     if rest or heads < 2 * groups:
         raise ValueError(f"{name}: qkv {tuple(qkv.shape)}, {groups} groups of {dim}")

@@ -104,7 +104,7 @@ class Corrupted(Engine):
 
     def step(self) -> list[Event]:
         if self.num_draft_tokens:
-            self.runner.target_kv.v[2][:, 0] = 0
+            self.runner.target_kv.layers[2].v[:, 0] = 0
         return super().step()
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError
+from eaglerun.kernels.rows import LayerKV, Rows
 from eaglerun.loader import Models
 from eaglerun.messages import Finished, Request, SamplingParams, SpeculationStats, Tokens
-from eaglerun.models.attention import AttentionBatch, DraftKV, TargetKV
+from eaglerun.models.attention import TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.spec import DraftSpec
@@ -39,20 +40,15 @@ def whole_text_logits(target: MiniMaxM3, tokens: list[int]) -> Tensor:
     """[n, V]: the target over a whole text, without a cache."""
     n = len(tokens)
     num_blocks = -(-n // BLOCK)
-    batch = AttentionBatch(
+    rows = Rows(
         positions=torch.arange(n),
         kv_slots=torch.arange(n),
-        seq_ids=torch.zeros(n, dtype=torch.int64),
         block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],
-        cu_seqlens_q=torch.tensor([0, n], dtype=torch.int32),
         seq_lens=torch.tensor([n], dtype=torch.int32),
-        max_q_len=n,
         max_seq_len=n,
-        uniform=True,
-        q_lens=(n,),
     )
     kv = TargetKV.allocate(target.spec, num_blocks, BLOCK, CPU, torch.float64)
-    return target.logits(target(torch.tensor(tokens), batch, kv))
+    return target.logits(target(torch.tensor(tokens), rows, kv))
 
 
 class CopyingDraft(Eagle3Llama):
@@ -68,7 +64,7 @@ class CopyingDraft(Eagle3Llama):
         self._sign = sign
 
     def fill_kv(
-        self, token_ids: Tensor, hidden: Tensor, positions: Tensor, kv_slots: Tensor, kv: DraftKV
+        self, token_ids: Tensor, hidden: Tensor, positions: Tensor, kv_slots: Tensor, kv: LayerKV
     ) -> None:
         write = kv_slots >= 0
         assert ((positions >= 1) | ~write).all()
@@ -77,17 +73,18 @@ class CopyingDraft(Eagle3Llama):
         kv.v.view(-1, 2)[kv_slots[write]] = positions[write, None].double().expand(-1, 2)
 
     def forward(
-        self, token_ids: Tensor, hidden: Tensor, batch: AttentionBatch, kv: DraftKV
+        self, token_ids: Tensor, hidden: Tensor, rows: Rows, kv: LayerKV
     ) -> tuple[Tensor, Tensor]:
-        self.fill_kv(token_ids, hidden, batch.positions, batch.kv_slots, kv)
+        self.fill_kv(token_ids, hidden, rows.positions, rows.kv_slots, kv)
         out = torch.zeros(len(token_ids), VOCAB, dtype=torch.float64)
-        for row, position in enumerate(batch.positions.tolist()):
+        for row, position in enumerate(rows.positions.tolist()):
             if position < 0:
                 continue
-            text = self._read(batch.block_tables[batch.seq_ids[row]], position, kv)
+            sequence = row // rows.longest
+            text = self._read(rows.block_tables[sequence], position, kv)
             assert text[-1] == token_ids[row]
             assert text[-2] == self._named_by(hidden[row : row + 1])
-            assert batch.seq_lens[batch.seq_ids[row]] == position + 1
+            assert rows.seq_lens[sequence] == position + 1
             out[row] = whole_text_logits(self._target[0], text)[-1]
         return out, self._target[0].embed_tokens.weight[token_ids]
 
@@ -98,7 +95,7 @@ class CopyingDraft(Eagle3Llama):
         """Whose embedding each row is."""
         return torch.cdist(hidden, self._target[0].embed_tokens.weight).argmin(dim=1)
 
-    def _read(self, table: Tensor, position: int, kv: DraftKV) -> list[int]:
+    def _read(self, table: Tensor, position: int, kv: LayerKV) -> list[int]:
         """Tokens 0 .. position from the cells of 1 .. position, which agree with one another."""
         at = torch.arange(1, position + 1)
         slots = table[at // BLOCK].long() * BLOCK + at % BLOCK

@@ -22,9 +22,10 @@ from scipy import stats
 
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
+from eaglerun.kernels.rows import Rows
 from eaglerun.loader import Models
 from eaglerun.messages import Finished, Request, SamplingParams, Tokens
-from eaglerun.models.attention import AttentionBatch, TargetKV
+from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import MiniMaxM3
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
@@ -115,19 +116,14 @@ def target_logits(target: MiniMaxM3, texts: list[tuple[int, ...]]) -> Iterator[l
     kv = TargetKV.allocate(target.spec, n * per_text, BLOCK, torch.device("cpu"), torch.float64)
     table = torch.arange(n * per_text, dtype=torch.int32).view(n, per_text)
     positions = torch.arange(length).repeat(n)
-    batch = AttentionBatch(
+    rows = Rows(
         positions=positions,
         kv_slots=(torch.arange(n)[:, None] * per_text * BLOCK + torch.arange(length)).flatten(),
-        seq_ids=torch.arange(n).repeat_interleave(length),
         block_tables=table,
-        cu_seqlens_q=torch.arange(0, n * length + 1, length, dtype=torch.int32),
         seq_lens=torch.full((n,), length, dtype=torch.int32),
-        max_q_len=length,
         max_seq_len=length,
-        uniform=True,
-        q_lens=(length,) * n,
     )
-    hidden = target(torch.tensor(texts).flatten(), batch, kv).view(n, length, -1)
+    hidden = target(torch.tensor(texts).flatten(), rows, kv).view(n, length, -1)
     yield from target.logits(hidden[:, -1]).tolist()
 
 

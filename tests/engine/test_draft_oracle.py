@@ -32,9 +32,10 @@ from torch import Tensor
 
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
+from eaglerun.kernels.rows import Rows
 from eaglerun.loader import Models
 from eaglerun.messages import Finished, Request, SamplingParams, Tokens
-from eaglerun.models.attention import AttentionBatch, TargetKV
+from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import MiniMaxM3
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
@@ -81,19 +82,16 @@ def aux_states(target: MiniMaxM3, tokens: list[int]) -> Tensor:
     num_blocks = -(-n // BLOCK)
     kv = TargetKV.allocate(target.spec, num_blocks, BLOCK, torch.device("cpu"), torch.float64)
     aux = torch.full((len(target.taps), n, target.spec.hidden_size), torch.nan).double()
-    batch = AttentionBatch(
+    rows = Rows(
         positions=torch.arange(n),
         kv_slots=torch.arange(n),
-        seq_ids=torch.zeros(n, dtype=torch.int64),
         block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],
-        cu_seqlens_q=torch.tensor([0, n], dtype=torch.int32),
         seq_lens=torch.tensor([n], dtype=torch.int32),
-        max_q_len=n,
         max_seq_len=n,
-        uniform=False,
+        cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
         q_lens=(n,),
     )
-    target(torch.tensor(tokens), batch, kv, aux)
+    target(torch.tensor(tokens), rows, kv, aux)
     return aux
 
 
@@ -137,14 +135,10 @@ class Drive:
         config = resolve(settings | self.settings, environ={})
         self.engine = Engine(config, self.pair.models, Script(self.ks))
         runner = self.engine.runner
-        for memory in (runner.target_kv.k, runner.target_kv.v, runner.target_kv.index_k):
-            for tensor in memory:
-                if tensor is not None:
-                    tensor.fill_(torch.nan)
-        assert runner.draft_kv is not None and runner.block_carry is not None
+        for region in runner.kv_regions():
+            region.tensor.fill_(torch.nan)
         assert runner.aux is not None
-        for tensor in (runner.draft_kv.k, runner.draft_kv.v, runner.block_carry, runner.aux):
-            tensor.fill_(torch.nan)
+        runner.aux.fill_(torch.nan)
         self.lives: dict[tuple[str, int], Life] = {}
         self.prompts: dict[str, list[int]] = {}
         self.num_steps = 0

@@ -14,9 +14,9 @@ from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError, RequestError
 from eaglerun.kernels import launch
+from eaglerun.kernels.rows import Rows
 from eaglerun.llm import LLM
 from eaglerun.messages import Failed, Finished, FinishReason, Request, SamplingParams
-from eaglerun.models.attention import AttentionBatch
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
 PROMPT = tuple(range(3, 25))
@@ -145,9 +145,9 @@ def test_padding_rows_change_no_bit_and_no_count_of_experts(monkeypatch: pytest.
         experts: list[int] = []
         forward = type(engine.runner.target).forward
 
-        def keep(self, ids, batch: AttentionBatch, *rest):
-            out = forward(self, ids, batch, *rest)
-            hidden.append(out[batch.positions >= 0].clone())
+        def keep(self, ids, rows: Rows, *rest):
+            out = forward(self, ids, rows, *rest)
+            hidden.append(out[rows.positions >= 0].clone())
             if rest[-1] is not None:
                 experts.append(int(rest[-1]))
             return out

@@ -7,9 +7,20 @@ import pytest
 import torch
 from gpu.test_kernels import ACTIVATION, experts, routing
 from lossless_check import check
+from paged import cut
 from pairs import draft_spec, target_spec, tiny_draft, tiny_target
 
-from eaglerun.bench.kernels import DIM, EXPERTS, GROUPS, HEADS, HIDDEN, WIDTH, paged, randn
+from eaglerun.bench.kernels import (
+    DIM,
+    EXPERTS,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    new_layer,
+    paged,
+    randn,
+)
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.attention_sparse import attention_sparse
 from eaglerun.kernels.launch import invariant
@@ -57,21 +68,19 @@ def test_the_head():
 def test_drafted_rows_are_plain_rows(rows: int):
     for length, bound in ((1280, 2048), (1280, 131072), (20000, 131072)):
         (where,), order = paged(16, rows, length, GROUPS, 1)
-        positions, tables, lens = where
-        k, v = (randn(len(order), 128, GROUPS, DIM) for _ in range(2))
+        kv, bounded = new_layer(len(order), GROUPS), where._replace(max_seq_len=bound)
         q = randn(16 * rows, HEADS, DIM)
         with invariant(True):
-            whole = attention_dense.kernel(q, k, v, positions, tables, lens, bound, 0.1)
+            whole = attention_dense.kernel(q, kv, bounded, 0.1)
             for row in range(rows):
                 one = slice(row, None, rows)
-                at = positions[one].contiguous()
-                alone = attention_dense.kernel(q[one], k, v, at, tables, lens, length, 0.1)
+                alone = attention_dense.kernel(q[one], kv, cut(where, one), 0.1)
                 assert torch.equal(alone, whole[one]), (length, row)
             if length <= 2048:
                 c = torch.arange(16, device="cuda")
-                ids = torch.where(c <= positions[:, None] // 128, c, -1).int()
+                ids = torch.where(c <= where.positions[:, None] // 128, c, -1).int()
                 ids = ids[:, None].expand(-1, GROUPS, -1).contiguous()
-                sparse = attention_sparse.kernel(q, k, v, ids, positions, tables, lens, bound, 0.1)
+                sparse = attention_sparse.kernel(q, kv, ids, bounded, 0.1)
                 assert torch.equal(sparse, whole)
 
 

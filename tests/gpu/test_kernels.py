@@ -5,6 +5,7 @@ tests/kernels runs there too, on small and odd shapes.
 
 import pytest
 import torch
+from paged import cut
 
 from eaglerun.bench.kernels import (
     DIM,
@@ -15,6 +16,7 @@ from eaglerun.bench.kernels import (
     HIDDEN,
     WIDTH,
     error_of,
+    new_layer,
     paged,
     randn,
 )
@@ -149,13 +151,11 @@ def test_a_routed_row_does_not_depend_on_its_neighbours():
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_sequence_does_not_depend_on_its_neighbours(rows):
     (where,), order = paged(8, rows, 3000, GROUPS, 1)
-    positions, tables, lens = where
-    k, v = (randn(len(order), 128, GROUPS, DIM) for _ in range(2))
+    kv = new_layer(len(order), GROUPS)
     q = randn(8 * rows, HEADS, DIM)
-    whole = attention_dense.kernel(q, k, v, positions, tables, lens, 3000, 0.1)
-    alone = attention_dense.kernel(
-        q[:rows], k, v, positions[:rows], tables[:1], lens[:1], 100_000, 0.1
-    )
+    whole = attention_dense.kernel(q, kv, where, 0.1)
+    first = cut(where, slice(rows), slice(1))._replace(max_seq_len=100_000)
+    alone = attention_dense.kernel(q[:rows], kv, first, 0.1)
     assert torch.equal(alone, whole[:rows])
 
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import eaglerun.kernels.launch
-from eaglerun.kernels.attention_sparse import attention_sparse_ragged
+from eaglerun.kernels.attention_sparse import attention_sparse
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -61,7 +61,7 @@ def main(arch: str, dtype: str = "bfloat16") -> None:
             op.kernel(*arguments)
             with launch.invariant(True):
                 op.kernel(*arguments)
-            if op is attention_sparse_ragged:
+            if op is attention_sparse and arguments[3].cu_seqlens is not None:
                 with launch.changed("attention_sparse_prefill", SHARE=1):
                     op.kernel(*arguments)
     for kernel, args, kwargs in launches.values():

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from compare import compare
-from paged import paged
+from paged import paged, ragged
 
-from eaglerun.kernels.index_topk import block_scores, index_topk, index_topk_ragged, topk_blocks
+from eaglerun.kernels.index_topk import block_scores, index_topk, topk_blocks
 
 LENGTHS = (5, 0, 131, 67)
 
@@ -14,43 +14,40 @@ LENGTHS = (5, 0, 131, 67)
 )
 def test_uniform(rows, block_size, groups, dim, device):
     kv = paged(LENGTHS, block_size, (dim,), device=device)
-    positions = kv.uniform(rows)
-    positions[-1] = -1
-    q = torch.randn(len(positions), groups, dim, device=device)
-    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
-    compare(block_scores, q, kv.caches[0], *where)
-    out = compare(index_topk, q, kv.caches[0], *where, 3, 0, 1)
+    where = kv.uniform(rows)
+    where.positions[-1] = -1
+    q = torch.randn(len(where.positions), groups, dim, device=device)
+    compare(block_scores, q, kv.layer, where)
+    out = compare(index_topk, q, kv.layer, where, 3, 0, 1)
     assert out[-1].eq(-1).all()
-    compare(index_topk, q, kv.caches[0], *where, 5, 1, 2)
+    compare(index_topk, q, kv.layer, where, 5, 1, 2)
 
 
 def test_bf16_and_a_broken_key(device):
     kv = paged((70,), 8, (32,), dtype=torch.bfloat16, device=device)
     kv.caches[0][kv.block_tables[0, 3].long(), 5] = float("nan")
     q = torch.randn(1, 2, 32, device=device).bfloat16()
-    where = (kv.uniform(1), kv.block_tables, kv.seq_lens, kv.max_seq_len)
-    scores = compare(block_scores, q, kv.caches[0], *where)
+    where = kv.uniform(1)
+    scores = compare(block_scores, q, kv.layer, where)
     assert scores[0, :, 3].eq(torch.tensor(-1e30)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8(dtype, device):
     kv = paged((70, 131), 8, (32,), dtype=torch.float8_e4m3fn, device=device)
-    positions = kv.uniform(2)
-    q = torch.randn(len(positions), 2, 32, device=device).to(dtype)
-    where = (positions, kv.block_tables, kv.seq_lens, kv.max_seq_len)
-    compare(block_scores, q, kv.caches[0], *where)
-    compare(index_topk, q, kv.caches[0], *where, 3, 0, 1)
+    where = kv.uniform(2)
+    q = torch.randn(len(where.positions), 2, 32, device=device).to(dtype)
+    compare(block_scores, q, kv.layer, where)
+    compare(index_topk, q, kv.layer, where, 3, 0, 1)
 
 
 @pytest.mark.parametrize("block_size", [4, 128])
 def test_ragged(block_size, device):
     kv = paged(LENGTHS, block_size, (24,), device=device)
     q_lens = (2, 0, 35, 5)
-    positions, sums = kv.ragged(q_lens, 3)
-    q = torch.randn(len(positions), 2, 24, device=device)
-    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
-    out = compare(index_topk_ragged, q, kv.caches[0], *where, 4, 0, 1)
+    where = kv.ragged(q_lens, 3)
+    q = torch.randn(len(where.positions), 2, 24, device=device)
+    out = compare(index_topk, q, kv.layer, where, 4, 0, 1)
     assert out[-3:].eq(-1).all()
 
 
@@ -59,10 +56,9 @@ def test_more_blocks_than_a_program_takes(device):
     own."""
     kv = paged((700, 300, 0, 17), 16, (32,), dtype=torch.bfloat16, device=device)
     q_lens = (60, 5, 0, 17)
-    positions, sums = kv.ragged(q_lens, 0)
-    q = torch.randn(len(positions), 2, 32, device=device).bfloat16()
-    where = (positions, kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
-    compare(index_topk_ragged, q, kv.caches[0], *where, 4, 0, 1)
+    where = kv.ragged(q_lens, 0)
+    q = torch.randn(len(where.positions), 2, 32, device=device).bfloat16()
+    compare(index_topk, q, kv.layer, where, 4, 0, 1)
 
 
 @pytest.mark.parametrize("dim", [32, 256])
@@ -70,22 +66,20 @@ def test_blocks_of_256_keys_in_bf16(dim, device):
     """Tiles whose number of registers is limited are compiled for any block that an op allows."""
     kv = paged((700,), 256, (dim,), dtype=torch.bfloat16, device=device)
     q = torch.randn(1, 2, dim, device=device).bfloat16()
-    where = (kv.uniform(1), kv.block_tables, kv.seq_lens, kv.max_seq_len)
-    compare(block_scores, q, kv.caches[0], *where)
-    positions, sums = kv.ragged((70,), 0)
+    where = kv.uniform(1)
+    compare(block_scores, q, kv.layer, where)
+    where = kv.ragged((70,), 0)
     q = torch.randn(70, 2, dim, device=device).bfloat16()
-    where = (positions, kv.block_tables, kv.seq_lens, sums, (70,), kv.max_seq_len)
-    compare(index_topk_ragged, q, kv.caches[0], *where, 2, 0, 1)
+    compare(index_topk, q, kv.layer, where, 2, 0, 1)
 
 
 def test_a_broken_key_in_a_block_that_all_rows_see(device):
     """Blocks behind every row of a chunk are scored without a mask."""
     kv = paged((70,), 16, (32,), dtype=torch.bfloat16, device=device)
     kv.caches[0][kv.block_tables[0, 1].long(), 5] = float("nan")
-    positions, sums = kv.ragged((4,), 0)
+    where = kv.ragged((4,), 0)
     q = torch.randn(4, 2, 32, device=device).bfloat16()
-    where = (positions, kv.block_tables, kv.seq_lens, sums, (4,), kv.max_seq_len)
-    ids = compare(index_topk_ragged, q, kv.caches[0], *where, 4, 0, 1)
+    ids = compare(index_topk, q, kv.layer, where, 4, 0, 1)
     assert not ids.eq(1).any()
 
 
@@ -118,6 +112,13 @@ def test_blocks_of_the_fact_sheet(device):
 def test_raises(device):
     kv = paged((7, 3), 4, (16,), device=device)
     q = torch.randn(3, 2, 16, device=device)
-    where = (kv.block_tables, kv.seq_lens, kv.max_seq_len)
-    with pytest.raises(ValueError, match="block_scores"):
-        block_scores.kernel(q, kv.caches[0], torch.zeros(3, device=device).long(), *where)
+    where = kv.uniform(1)
+    three = where._replace(positions=torch.zeros(3, device=device).long())
+    for op in (block_scores.kernel, block_scores.reference):
+        for rows, layer in (
+            (three, kv.layer),
+            (ragged(where, (1, 1)), kv.layer),
+            (where, kv.layer._replace(index_k=None)),
+        ):
+            with pytest.raises(ValueError, match="block_scores"):
+                op(q[: len(rows.positions)], layer, rows)

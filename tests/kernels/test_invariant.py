@@ -3,12 +3,12 @@
 import pytest
 import torch
 from compare import close, compare
-from paged import paged
+from paged import cut, paged, ragged
 
 from eaglerun.kernels import launch
-from eaglerun.kernels.attention_dense import attention_dense, attention_dense_ragged
-from eaglerun.kernels.attention_sparse import attention_sparse, attention_sparse_ragged
-from eaglerun.kernels.index_topk import index_topk, index_topk_ragged
+from eaglerun.kernels.attention_dense import attention_dense
+from eaglerun.kernels.attention_sparse import attention_sparse
+from eaglerun.kernels.index_topk import index_topk
 from eaglerun.kernels.language import interpreting
 from eaglerun.kernels.launch import invariant, settings
 from eaglerun.kernels.moe_gemm import moe_gemm
@@ -61,18 +61,15 @@ def test_settings_are_those_rows_only_there_and_for_two_bytes(device, monkeypatc
 def test_attention_of_a_step(lengths, device):
     """Rows alone, drafted rows together, other bounds of length, dense or of all blocks."""
     kv = paged(lengths, BLOCK, (GROUPS, DIM), (GROUPS, DIM), dtype=BF16, device=device)
-    where = (kv.block_tables, kv.seq_lens, kv.max_seq_len)
-    positions = kv.uniform(4)
-    q = torch.randn(len(positions), HEADS, DIM, device=device).to(BF16)
-    whole = compare(attention_dense, q, *kv.caches, positions, *where, 0.2, **CLOSE)
+    where = kv.uniform(4)
+    q = torch.randn(len(where.positions), HEADS, DIM, device=device).to(BF16)
+    whole = compare(attention_dense, q, kv.layer, where, 0.2, **CLOSE)
     for row in range(4):
         one = slice(row, None, 4)
-        alone = attention_dense.kernel(
-            q[one], *kv.caches, positions[one].contiguous(), *where[:2], 5000, 0.2
-        )
-        same(alone, whole[one])
-    selected = all_blocks(positions, 16)
-    sparse = compare(attention_sparse, q, *kv.caches, selected, positions, *where, 0.2, **CLOSE)
+        rows = cut(where, one)._replace(max_seq_len=5000)
+        same(attention_dense.kernel(q[one], kv.layer, rows, 0.2), whole[one])
+    selected = all_blocks(where.positions, 16)
+    sparse = compare(attention_sparse, q, kv.layer, selected, where, 0.2, **CLOSE)
     same(sparse, whole)
 
 
@@ -80,42 +77,34 @@ def test_attention_of_a_prompt(device):
     """Chunks cut anywhere, dense or of all blocks."""
     kv = paged((200, 150), BLOCK, (GROUPS, DIM), (GROUPS, DIM), dtype=BF16, device=device)
     q_lens = (90, 33)
-    positions, sums = kv.ragged(q_lens, 1)
-    q = torch.randn(len(positions), HEADS, DIM, device=device).to(BF16)
-    where = (kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
-    whole = compare(attention_dense_ragged, q, *kv.caches, positions, *where, 0.2, **CLOSE)
-    ids = all_blocks(positions, 4)
-    sparse = compare(attention_sparse_ragged, q, *kv.caches, ids, positions, *where, 0.2, **CLOSE)
+    where = kv.ragged(q_lens, 1)
+    q = torch.randn(len(where.positions), HEADS, DIM, device=device).to(BF16)
+    whole = compare(attention_dense, q, kv.layer, where, 0.2, **CLOSE)
+    ids = all_blocks(where.positions, 4)
+    sparse = compare(attention_sparse, q, kv.layer, ids, where, 0.2, **CLOSE)
     same(sparse, whole)
     for first, last in ((0, 7), (7, 90)):
-        chunk = (positions[first:last], kv.block_tables[:1], kv.seq_lens[:1])
-        count = torch.tensor([0, last - first], dtype=torch.int32, device=device)
-        rest = (count, (last - first,), 200, 0.2)
-        part = attention_dense_ragged.kernel(q[first:last], *kv.caches, *chunk, *rest)
-        same(part, whole[first:last])
-        part = attention_sparse_ragged.kernel(
-            q[first:last], *kv.caches, ids[first:last], *chunk, *rest
-        )
-        same(part, whole[first:last])
+        rows = slice(first, last)
+        chunk = ragged(cut(where, rows, slice(1)), (last - first,))
+        same(attention_dense.kernel(q[rows], kv.layer, chunk, 0.2), whole[rows])
+        same(attention_sparse.kernel(q[rows], kv.layer, ids[rows], chunk, 0.2), whole[rows])
 
 
 def test_selection(device):
     kv = paged((330,), BLOCK, (DIM,), dtype=BF16, device=device)
     wish = (2, 0, 1)
-    positions = kv.uniform(8)
+    where = kv.uniform(8)
     q = torch.randn(8, GROUPS, DIM, device=device).to(BF16)
-    where = (kv.block_tables, kv.seq_lens)
-    whole = index_topk.kernel(q, *kv.caches, positions, *where, 330, *wish)
+    whole = index_topk.kernel(q, kv.layer, where, *wish)
     for row in range(8):
-        one = (q[row : row + 1], *kv.caches, positions[row : row + 1])
-        assert torch.equal(index_topk.kernel(*one, *where, 400, *wish)[0], whole[row])
-    sums = torch.tensor([0, 8], dtype=torch.int32, device=device)
-    ragged = index_topk_ragged.kernel(q, *kv.caches, positions, *where, sums, (8,), 330, *wish)
+        one = slice(row, row + 1)
+        rows = cut(where, one)._replace(max_seq_len=400)
+        assert torch.equal(index_topk.kernel(q[one], kv.layer, rows, *wish)[0], whole[row])
+    chunk = index_topk.kernel(q, kv.layer, ragged(where, (8,)), *wish)
     for row in range(8):
-        one = (q[row : row + 1], *kv.caches, positions[row : row + 1])
-        count = torch.tensor([0, 1], dtype=torch.int32, device=device)
-        got = index_topk_ragged.kernel(*one, *where, count, (1,), 330, *wish)
-        assert torch.equal(got[0], ragged[row])
+        one = slice(row, row + 1)
+        got = index_topk.kernel(q[one], kv.layer, ragged(cut(where, one), (1,)), *wish)
+        assert torch.equal(got[0], chunk[row])
 
 
 def test_routing(device):

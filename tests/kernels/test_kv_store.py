@@ -2,16 +2,28 @@ import pytest
 import torch
 from compare import close, compare
 
-from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store, kv_index_store, kv_store
+from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store, kv_store
 from eaglerun.kernels.launch import changed
 from eaglerun.kernels.linear import product_parts
 from eaglerun.kernels.reference.rope import rope_table
+from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
 
 # H, G, D, Di, rotary_dim: odd ones, and M3's.
 SHAPES = [(8, 2, 32, 16, 16), (3, 3, 24, 12, 6), (17, 1, 16, 16, 16), (64, 4, 128, 128, 64)]
 
 
 FP8 = torch.float8_e4m3fn
+
+
+def places(positions, slots):
+    """Rows of which a store reads where they stand and where they go."""
+    none = positions.new_zeros(0, dtype=torch.int32)
+    return Rows(positions, slots, none[:, None], none, 0)
+
+
+def of_main_heads(norms, kv):
+    """Of a layer without index keys."""
+    return norms._replace(index_q=None, index_k=None), kv._replace(index_k=None)
 
 
 def rows_of(count, H, G, D, Di, rotary, dtype, device, cache_dtype=None):
@@ -22,11 +34,12 @@ def rows_of(count, H, G, D, Di, rotary, dtype, device, cache_dtype=None):
     slots = torch.randperm(6 * 8, device=device)[:count]
     if count > 1:
         positions[1], slots[1] = -1, -1
-    norms = [torch.randn(n, device=device).to(dtype) for n in (D, D, Di, Di)]
+    q, k, index_q, index_k = (torch.randn(n, device=device).to(dtype) for n in (D, D, Di, Di))
+    norms = HeadNorms(q, k, 1e-6, index_q, index_k)
     table = rope_table(70, rotary, 1e4, device, torch.float32)
     k, v = (torch.full((6, 8, G, D), float("nan"), device=device).to(cache_dtype) for _ in "kv")
     index_k = torch.full((6, 8, Di), float("nan"), device=device).to(cache_dtype)
-    return qkv, positions, slots, norms, table, k, v, index_k
+    return qkv, places(positions, slots), norms, table, LayerKV(k, v, index_k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -34,31 +47,31 @@ def rows_of(count, H, G, D, Di, rotary, dtype, device, cache_dtype=None):
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_stores(count, shape, dtype, device):
     H, G, D, Di, rotary = shape
-    qkv, positions, slots, norms, table, k, v, index_k = rows_of(count, *shape, dtype, device)
-    where = (positions, slots)
-    compare(kv_index_store, qkv, *where, *norms, table, 1e-6, k, v, index_k, ulps=2)
-    main = qkv[:, : (H + 2 * G) * D]
-    compare(kv_store, main, *where, *norms[:2], table, 1e-6, k, v, ulps=2)
+    qkv, where, norms, table, kv = rows_of(count, *shape, dtype, device)
+    compare(kv_store, qkv, where, norms, table, kv, ulps=2)
+    main, (norms, kv) = qkv[:, : (H + 2 * G) * D], of_main_heads(norms, kv)
+    _, nothing = compare(kv_store, main, where, norms, table, kv, ulps=2)
+    assert nothing is None
 
 
 @pytest.mark.parametrize("heads, groups, dim", [(8, 2, 32), (0, 2, 32), (4, 4, 24), (0, 4, 128)])
 def test_draft(heads, groups, dim, device):
     shape = (heads, groups, dim, 8, dim)
-    qkv, positions, slots, _, table, k, v, _ = rows_of(5, *shape, torch.float32, device)
+    qkv, where, _, table, kv = rows_of(5, *shape, torch.float32, device)
     main = qkv[:, : (heads + 2 * groups) * dim]
-    compare(draft_kv_store, main, positions, slots, table, k, v)
+    compare(draft_kv_store, main, where, table, kv._replace(index_k=None))
 
 
 def filling(count, width, dtype, device, biased=False, cache_dtype=None):
     groups, dim = 2, 32
     shape = (0, groups, dim, 8, dim)
-    _, positions, slots, _, table, k, v, _ = rows_of(5, *shape, dtype, device, cache_dtype)
-    positions, slots = (t.repeat(14)[:count] for t in (positions, slots))
+    _, where, _, table, kv = rows_of(5, *shape, dtype, device, cache_dtype)
+    positions, slots = (t.repeat(14)[:count] for t in where[:2])
     slots[5:] = -1
     x = torch.randn(count, width, device=device).to(dtype)
     weight = (torch.randn(9 + 2 * groups * dim, width, device=device) * width**-0.5).to(dtype)[9:]
     bias = torch.randn(len(weight), device=device).to(dtype) if biased else None
-    return x, weight, bias, positions, slots, table, k, v
+    return x, weight, bias, positions, slots, table, kv._replace(index_k=None)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -85,16 +98,17 @@ def test_draft_fill_of_other_dtypes(dtype, device):
 def test_draft_fill_of_an_fp8_cache(device):
     """In parts, what is stored is rounded once: the reference of fp32 rows does that too."""
     x, weight, *rest = filling(5, 512, torch.bfloat16, device, cache_dtype=FP8)
-    mine, theirs = ([*rest[:-2], *(cache.clone() for cache in rest[-2:])] for _ in range(2))
-    draft_kv_fill.kernel(x, weight, *mine)
-    draft_kv_fill.reference(x.float(), weight.float(), *theirs)
-    for a, e in zip(mine[-2:], theirs[-2:], strict=True):
-        close(a, e)
+    kv = rest.pop()
+    mine, theirs = (LayerKV(kv.k.clone(), kv.v.clone()) for _ in range(2))
+    draft_kv_fill.kernel(x, weight, *rest, mine)
+    draft_kv_fill.reference(x.float(), weight.float(), *rest, theirs)
+    close(mine.k, theirs.k)
+    close(mine.v, theirs.v)
 
 
 def test_draft_fill_raises(device):
     x, weight, bias, *rest = filling(2, 512, torch.bfloat16, device, biased=True)
-    k, v = rest[-2:]
+    kv = rest[-1]
     for wrong in (
         (x, weight.half(), bias, *rest),
         (x[:, :256], weight, bias, *rest),
@@ -103,7 +117,7 @@ def test_draft_fill_raises(device):
         (x, weight, bias[:64], *rest),
         (x, weight, bias.float(), *rest),
         (x, weight.repeat(2, 1), bias.repeat(2), *rest),
-        (x, weight, bias, *rest[:-2], k.float(), v.float()),
+        (x, weight, bias, *rest[:-1], LayerKV(kv.k.float(), kv.v.float())),
     ):
         with pytest.raises(ValueError, match="draft_kv_fill"):
             draft_kv_fill.kernel(*wrong)
@@ -114,19 +128,16 @@ def test_draft_fill_raises(device):
 @pytest.mark.parametrize("cache_dtype", [FP8, torch.bfloat16])
 def test_narrower_caches(cache_dtype, shape, dtype, device):
     H, G, D, _, _ = shape
-    qkv, positions, slots, norms, table, k, v, index_k = rows_of(
-        5, *shape, dtype, device, cache_dtype
-    )
+    qkv, where, norms, table, kv = rows_of(5, *shape, dtype, device, cache_dtype)
     # Keys beyond fp8's range, both ways.
-    norms[1] = norms[1] * 200
-    where = (positions, slots)
-    compare(kv_index_store, qkv, *where, *norms, table, 1e-6, k, v, index_k, ulps=2)
-    index_k = index_k.to(dtype)
-    compare(kv_index_store, qkv, *where, *norms, table, 1e-6, k, v, index_k, ulps=2)
-    main = qkv[:, : (H + 2 * G) * D]
-    kv_store.kernel(main, *where, *norms[:2], table, 1e-6, k, v)
+    norms = norms._replace(k=norms.k * 200)
+    compare(kv_store, qkv, where, norms, table, kv, ulps=2)
+    kv = kv._replace(index_k=kv.index_k.to(dtype))
+    compare(kv_store, qkv, where, norms, table, kv, ulps=2)
+    main, (norms, kv) = qkv[:, : (H + 2 * G) * D], of_main_heads(norms, kv)
+    kv_store.kernel(main, where, norms, table, kv)
     if cache_dtype == FP8:
-        assert k.float().nan_to_num().abs().max() == 448
+        assert kv.k.float().nan_to_num().abs().max() == 448
 
 
 def test_every_bf16_value_rounds_to_the_nearest_fp8(device):
@@ -139,7 +150,7 @@ def test_every_bf16_value_rounds_to_the_nearest_fp8(device):
     k, v = (torch.empty(rows, 1, 16, 256, dtype=FP8, device=device) for _ in "kv")
     slots = torch.arange(rows, device=device)
     table = rope_table(rows, 64, 1e4, device, torch.float32)
-    draft_kv_store.kernel(qkv, slots, slots, table, k, v)
+    draft_kv_store.kernel(qkv, places(slots, slots), table, LayerKV(k, v))
     expected = values.float().clamp(-448, 448).to(FP8)
     expected, v = expected.view(torch.uint8), v[:, 0].view(torch.uint8)
     assert torch.equal(v[~nan], expected[~nan])
@@ -148,11 +159,15 @@ def test_every_bf16_value_rounds_to_the_nearest_fp8(device):
 
 
 def test_raises(device):
-    qkv, positions, slots, norms, table, k, v, _ = rows_of(2, *SHAPES[0], torch.float32, device)
-    for rows, cache in (
-        (qkv[:, :40], k),
-        (qkv[:, : 12 * 32], k.half()),
-        (qkv[:, None, : 12 * 32], k),
+    qkv, where, norms, table, kv = rows_of(2, *SHAPES[0], torch.float32, device)
+    plain, main = of_main_heads(norms, kv)
+    for rows, layer, weights in (
+        (qkv[:, :40], main, plain),
+        (qkv[:, : 12 * 32], main._replace(k=main.k.half()), plain),
+        (qkv[:, None, : 12 * 32], main, plain),
+        (qkv, kv, plain),
     ):
         with pytest.raises(ValueError, match="kv_store"):
-            kv_store.kernel(rows, positions, slots, *norms[:2], table, 1e-6, cache, v)
+            kv_store.kernel(rows, where, weights, table, layer)
+    with pytest.raises(ValueError, match="kv_store"):
+        kv_store.reference(qkv, where, plain, table, kv)

@@ -18,8 +18,9 @@ from oracles.eagle3 import Eagle3Oracle, Proposal, rotate
 from pairs import target_spec, tiny_target
 from torch import Tensor
 
+from eaglerun.kernels.rows import LayerKV, Rows
 from eaglerun.messages import SamplingParams
-from eaglerun.models.attention import AttentionBatch, DraftKV
+from eaglerun.models.attention import DraftKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.sampling import Features, SamplingState
 from eaglerun.speculative.eagle3 import Sampler, propose
@@ -100,8 +101,9 @@ def random_text(generator: np.random.Generator, num_tokens: int, num_taps: int) 
     return Text(tokens, scale * generator.normal(size=(num_taps, num_tokens - 1, 32)))
 
 
-def poisoned_kv(draft: Eagle3Llama, num_blocks: int) -> DraftKV:
-    kv = DraftKV.allocate(draft.spec, num_blocks, BLOCK, torch.device("cpu"), torch.float64)
+def poisoned_kv(draft: Eagle3Llama, num_blocks: int) -> LayerKV:
+    device = torch.device("cpu")
+    kv = DraftKV.allocate(draft.spec, num_blocks, BLOCK, device, torch.float64).layer
     kv.k.fill_(torch.nan)
     kv.v.fill_(torch.nan)
     return kv
@@ -146,16 +148,13 @@ def test_combine_and_forward(name: str, tmp_path: Path) -> None:
     kv = poisoned_kv(draft, num_blocks)
     positions = [torch.arange(1, n) for n in lengths]
     q_lens = tuple(n - 1 for n in lengths)
-    batch = AttentionBatch(
+    batch = Rows(
         positions=torch.cat(positions),
         kv_slots=torch.cat([slots_of(table, b, p) for b, p in enumerate(positions)]),
-        seq_ids=torch.repeat_interleave(torch.tensor(q_lens)),
         block_tables=table,
-        cu_seqlens_q=torch.tensor([0, *np.cumsum(q_lens)], dtype=torch.int32),
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
-        max_q_len=max(q_lens),
         max_seq_len=max(lengths),
-        uniform=False,
+        cu_seqlens=torch.tensor([0, *np.cumsum(q_lens)], dtype=torch.int32),
         q_lens=q_lens,
     )
     hidden = torch.cat([combine(draft, text) for text in texts])
@@ -175,17 +174,12 @@ def test_combine_and_forward(name: str, tmp_path: Path) -> None:
     assert best == [oracle.target_id(int(np.argmax(state.logits))) for state in states]
 
     rows = slice(q_lens[0], q_lens[0] + 8)  # eight rows of the second sequence, uniform form
-    again = AttentionBatch(
+    again = Rows(
         positions=batch.positions[rows],
         kv_slots=torch.full((8,), -1),
-        seq_ids=torch.zeros(8, dtype=torch.int64),
         block_tables=table[1:2],
-        cu_seqlens_q=torch.tensor([0, 8], dtype=torch.int32),
         seq_lens=torch.tensor([lengths[1]], dtype=torch.int32),
-        max_q_len=8,
         max_seq_len=lengths[1],
-        uniform=True,
-        q_lens=(8,),
     )
     normed_again, feedback_again = draft.forward(ids[rows], hidden[rows], again, kv)
     assert_close(normed_again, [state.normed for state in states[rows]])

@@ -9,8 +9,10 @@ from pairs import target_spec, tiny_target
 from torch import Tensor
 from transformers import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextConfig
 
+from eaglerun.kernels.index_topk import index_topk
+from eaglerun.kernels.rows import Rows
 from eaglerun.models import minimax_m3
-from eaglerun.models.attention import AttentionBatch, TargetKV, select_blocks
+from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.spec import TargetSpec
 
@@ -33,7 +35,7 @@ class Memory:
         """Which slots hold something, memory by memory."""
         return [~r.tensor.flatten(2).isnan().any(-1).flatten() for r in self.kv.regions()]
 
-    def batch(self, rows: list[list[int]], uniform: bool = True) -> AttentionBatch:
+    def batch(self, rows: list[list[int]], uniform: bool = True) -> Rows:
         """rows[b]: the positions of sequence b, -1 for padding."""
         positions = torch.tensor([p for row in rows for p in row])
         seq_ids = torch.tensor([b for b, row in enumerate(rows) for _ in row])
@@ -42,18 +44,14 @@ class Memory:
         ends = [max(row, default=-1) + 1 for row in rows]
         q_lens = tuple(len(row) for row in rows)
         sums = torch.tensor([0, *q_lens]).cumsum(0)
-        return AttentionBatch(
+        made = Rows(
             positions=positions,
             kv_slots=slots.masked_fill(positions < 0, -1),
-            seq_ids=seq_ids,
             block_tables=self.tables,
-            cu_seqlens_q=sums.int(),
             seq_lens=torch.tensor(ends, dtype=torch.int32),
-            max_q_len=max(q_lens),
             max_seq_len=max(ends),
-            uniform=uniform,
-            q_lens=q_lens,
         )
+        return made if uniform else made._replace(cu_seqlens=sums.int(), q_lens=q_lens)
 
 
 @torch.inference_mode()
@@ -161,7 +159,8 @@ def test_padding_changes_no_other_row(dtype: torch.dtype) -> None:
             target(texts[b, :length], memory.batch(rows, uniform=False), memory.kv)
         batch = memory.batch(decode)
         real = batch.positions >= 0
-        ids = texts[batch.seq_ids, batch.positions.clamp(min=0)].masked_fill(~real, filling)
+        owner = torch.arange(len(real)) // batch.longest
+        ids = texts[owner, batch.positions.clamp(min=0)].masked_fill(~real, filling)
         aux = torch.full((2, 20, spec.hidden_size), torch.nan, dtype=dtype)
         count = torch.zeros(1, dtype=torch.int64)
         before = memory.written()
@@ -189,7 +188,7 @@ def test_few_blocks_need_no_selection(max_seq_len: int, monkeypatch: pytest.Monk
     target, memory = tiny_target(0, spec, (1,), torch.float64), Memory(spec, torch.float64, 1, 0)
     calls: list[int] = []
     monkeypatch.setattr(
-        minimax_m3, "select_blocks", lambda *args: (calls.append(1), select_blocks(*args))[1]
+        minimax_m3, "index_topk", lambda *args: (calls.append(1), index_topk(*args))[1]
     )
     target(torch.arange(max_seq_len), memory.batch([list(range(max_seq_len))], False), memory.kv)
     assert len(calls) == (3 if max_seq_len > 12 else 0)
@@ -215,7 +214,7 @@ def test_memory_is_named_and_measured() -> None:
     spec = dataclasses.replace(target_spec(), index_shared=(False, False, True, False))
     kv = TargetKV.allocate(spec, 5, 4, CPU, torch.float32)
     sizes = {region.name: region.bytes_per_block for region in kv.regions()}
-    assert kv.index_k[0] is None and kv.index_k[2] is None
+    assert kv.layers[0].index_k is None and kv.layers[2].index_k is None
     assert sizes == {
         **{f"target.{i}.{part}": 4 * 2 * 8 * 4 for i in range(4) for part in "kv"},
         **{f"target.{i}.index_k": 4 * 8 * 4 for i in (1, 3)},

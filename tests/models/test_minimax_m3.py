@@ -281,17 +281,15 @@ def test_shared_selections_are_computed_once_per_group(
     case = replace(CASES[0], layers="dssss")
     golden(case, 0, tmp_path)
     calls: list[int] = []
-    real = minimax_m3.select_blocks
-    monkeypatch.setattr(
-        minimax_m3, "select_blocks", lambda *args: (calls.append(1), real(*args))[1]
-    )
+    real = minimax_m3.index_topk
+    monkeypatch.setattr(minimax_m3, "index_topk", lambda *args: (calls.append(1), real(*args))[1])
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(3, 97, (40 * case.block,), generator=generator).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=1)
     for freq, computing in ((1, 4), (2, 2), (4, 1)):
         overrides = {"use_index_cache": True, "index_topk_freq": freq}
         engine = our_engine(tmp_path, replace(case, chunk=1000), 5, overrides)
-        kept = [k is not None for k in engine.runner.target_kv.index_k]
+        kept = [kv.index_k is not None for kv in engine.runner.target_kv.layers]
         assert sum(kept) == computing
         calls.clear()
         LLM.from_engine(engine).generate([prompt], params, progress=False)

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DIRS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 # Lowest first. A module may import its own layer and those above it in this list.
 LAYERS = [
-    "kernels.reference",
+    "kernels.reference kernels.rows",
     "kernels",
     "errors progress",
     "config configs messages spec budget checkpoint_config target_config",

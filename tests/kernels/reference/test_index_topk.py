@@ -3,18 +3,18 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged import paged
+from paged import cut, paged
 from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLIndexer
 
 from eaglerun.kernels.reference.index_topk import (
     block_scores,
     index_topk,
-    index_topk_ragged,
     topk_blocks,
 )
-from eaglerun.kernels.reference.kv_store import kv_index_store
+from eaglerun.kernels.reference.kv_store import kv_store
 from eaglerun.kernels.reference.rope import rope_table
+from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
 
 CPU = torch.device("cpu")
 
@@ -56,21 +56,17 @@ def test_scores_and_selection(case, topk, init, local, levels):
     kv = paged(tuple(lengths), block_size, (4,), device=CPU)
     cache = kv.caches[0]
     cache.copy_((cache * levels / 3).round())
-    positions = kv.uniform(rows)
+    where = kv.uniform(rows)
+    positions = where.positions
     for n in range(len(positions)):
         if random.random() < 0.2:
             positions[n] = -1
-    index_q = torch.randint(-2, 3, (len(positions), groups, 4)).float()
+    index_q = torch.randint(-2, 3, (len(where.positions), groups, 4)).float()
     index_q[positions < 0] = torch.nan
-    where = (
-        positions,
-        kv.block_tables,
-        kv.seq_lens,
-        kv.max_seq_len + random.randrange(2 * block_size),
-    )
-    scores = block_scores(index_q, cache, *where)
-    ids = index_topk(index_q, cache, *where, topk, init, local)
-    assert ids.dtype == torch.int32 and ids.shape == (len(positions), groups, topk)
+    where = where._replace(max_seq_len=kv.max_seq_len + random.randrange(2 * block_size))
+    scores = block_scores(index_q, kv.layer, where)
+    ids = index_topk(index_q, kv.layer, where, topk, init, local)
+    assert ids.dtype == torch.int32 and ids.shape == (len(where.positions), groups, topk)
     for n, p in enumerate(positions.tolist()):
         table = kv.block_tables[n // rows].tolist()
         for g in range(groups):
@@ -88,15 +84,14 @@ def test_scores_and_selection(case, topk, init, local, levels):
 def test_ragged_is_uniform_row_by_row():
     kv = paged((300, 0, 9), 4, (8,), device=CPU)
     q_lens = (280, 0, 9)
-    positions, sums = kv.ragged(q_lens, 2)
-    index_q = torch.randn(len(positions), 2, 8)
-    where = (kv.block_tables, kv.seq_lens, sums, q_lens, kv.max_seq_len)
-    ids = index_topk_ragged(index_q, *kv.caches, positions, *where, 5, 1, 2)
+    where = kv.ragged(q_lens, 2)
+    index_q = torch.randn(len(where.positions), 2, 8)
+    ids = index_topk(index_q, kv.layer, where, 5, 1, 2)
     for n in (0, 255, 256, 279, 280, 288):
         b = slice(0, 1) if n < 280 else slice(2, 3)
         row = slice(n, n + 1)
-        one = (positions[row], kv.block_tables[b], kv.seq_lens[b], kv.max_seq_len)
-        assert torch.equal(ids[row], index_topk(index_q[row], *kv.caches, *one, 5, 1, 2))
+        one = index_topk(index_q[row], kv.layer, cut(where, row, b), 5, 1, 2)
+        assert torch.equal(ids[row], one)
     assert ids[-2:].eq(-1).all()
 
 
@@ -146,8 +141,10 @@ def test_selection_is_that_of_transformers():
         main = torch.zeros(length, 8 * (4 + 2 * 2))
         qkv = torch.cat((main, indexer.q_proj(hidden), indexer.k_proj(hidden)), dim=1)
         caches = [torch.full((30, block_size, *c), torch.nan) for c in ((2, 8), (2, 8), (8,))]
-        norms = (torch.zeros(8), torch.zeros(8), indexer.q_norm.weight, indexer.k_norm.weight)
-        _, index_q = kv_index_store(qkv, positions, slots, *norms, table, 1e-6, *caches)
-    end = torch.tensor([length], dtype=torch.int32)
-    ids = index_topk(index_q, caches[2], positions, blocks, end, length, 5, 0, 2)
+        own = (indexer.q_norm.weight, indexer.k_norm.weight)
+        norms = HeadNorms(torch.zeros(8), torch.zeros(8), 1e-6, *own)
+        end = torch.tensor([length], dtype=torch.int32)
+        where, kv = Rows(positions, slots, blocks, end, length), LayerKV(*caches)
+        _, index_q = kv_store(qkv, where, norms, table, kv)
+    ids = index_topk(index_q, kv, where, 5, 0, 2)
     assert torch.equal(ids.sort(dim=-1).values, theirs.int().sort(dim=-1).values)

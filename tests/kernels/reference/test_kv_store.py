@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eaglerun.kernels.reference.kv_store import draft_kv_store, kv_index_store, kv_store
+from eaglerun.kernels.reference.kv_store import draft_kv_store, kv_store
 from eaglerun.kernels.reference.rope import rope_table
+from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, DIM, INDEX_DIM, ROTARY, EPS = 4, 2, 8, 6, 4, 1e-5
 POSITIONS = torch.tensor([3, -1, 0, 11, 40])
 SLOTS = torch.tensor([9, -1, 2, -1, 15])
+NONE = torch.zeros(0, dtype=torch.int32)
+ROWS = Rows(POSITIONS, SLOTS, NONE[:, None], NONE, 0)
 
 
 def turned(head, position, table):
@@ -49,16 +52,18 @@ def test_stores_of_the_target(indexed):
     norms = [torch.randn(d).double() for d in (DIM, DIM, INDEX_DIM, INDEX_DIM)]
     k_cache, v_cache, index_cache = caches((GROUPS, DIM), (GROUPS, DIM), (INDEX_DIM,))
     if indexed:
-        q, index_q = kv_index_store(
-            qkv, POSITIONS, SLOTS, *norms, table, EPS, k_cache, v_cache, index_cache
-        )
+        weights = HeadNorms(*norms[:2], EPS, *norms[2:])
+        kv = LayerKV(k_cache, v_cache, index_cache)
+        q, index_q = kv_store(qkv, ROWS, weights, table, kv)
         tail = qkv[:, main:].view(5, GROUPS + 1, INDEX_DIM)
         weights = [norms[2]] * GROUPS + [norms[3]]
         index = rows_of(tail, weights, table)
         torch.testing.assert_close(index_q, index[:, :GROUPS])
         check_written(index_cache, index[:, GROUPS])
     else:
-        q = kv_store(qkv, POSITIONS, SLOTS, *norms[:2], table, EPS, k_cache, v_cache)
+        weights, kv = HeadNorms(*norms[:2], EPS), LayerKV(k_cache, v_cache)
+        q, index_q = kv_store(qkv, ROWS, weights, table, kv)
+        assert index_q is None
     heads = qkv[:, :main].view(5, -1, DIM)
     weights = [norms[0]] * HEADS + [norms[1]] * GROUPS
     qk = rows_of(heads[:, : HEADS + GROUPS], weights, table)
@@ -80,7 +85,7 @@ def test_store_of_the_draft_turns_by_the_position_before(heads):
     table = rope_table(32, DIM, 100.0, CPU, torch.float64)
     qkv = torch.randn(5, (heads + 2 * GROUPS) * DIM).double()
     k_cache, v_cache = caches((GROUPS, DIM), (GROUPS, DIM))
-    q = draft_kv_store(qkv, POSITIONS, SLOTS, table, k_cache, v_cache)
+    q = draft_kv_store(qkv, ROWS, table, LayerKV(k_cache, v_cache))
     rows = qkv.view(5, -1, DIM)
     qk = torch.stack([
         torch.stack([turned(h, p - 1, table) for h in row[: heads + GROUPS]])
@@ -98,8 +103,7 @@ def test_columns_that_are_no_heads():
         with pytest.raises(ValueError, match=f"{columns}"):
             draft_kv_store(
                 torch.ones(5, columns).double(),
-                POSITIONS,
-                SLOTS,
+                ROWS,
                 table,
-                *caches((GROUPS, DIM), (GROUPS, DIM)),
+                LayerKV(*caches((GROUPS, DIM), (GROUPS, DIM))),
             )

@@ -1,0 +1,93 @@
+"""Words for tensors that belong together: what the ops take instead of each tensor by itself.
+
+Each is a tuple, made where its tensors are made and handed on whole.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """N query rows of B sequences, in one of two forms.
+
+    Row n of sequence b is the query at positions[n] and sees the keys t <= positions[n] with
+    t < seq_lens[b]. Uniform (decode, verify): N // B rows for every sequence, padding included, so
+    that row n belongs to n // (N // B). Ragged (prefill): rows cu_seqlens[b] .. cu_seqlens[b + 1]
+    belong to sequence b; rows past the last belong to none.
+
+    positions     [N] int64, absolute; -1 on rows of padding
+    kv_slots      [N] int64, where a row's own key goes: block * block_size + offset; -1: nowhere
+    block_tables  [B, M] int32; entries past a sequence's blocks are -1 or any block
+    seq_lens      [B] int32, keys visible after this forward's writes; 0 for padding sequences
+    max_seq_len   upper bound of seq_lens, at most M * block_size
+    cu_seqlens    [B + 1] int32, the running sum of q_lens for the kernels; None: uniform rows
+    q_lens        rows of each sequence, for the host; () of uniform rows
+    """
+
+    positions: Tensor
+    kv_slots: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    max_seq_len: int
+    cu_seqlens: Tensor | None = None
+    q_lens: tuple[int, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Rows of the sequence that has most."""
+        if self.cu_seqlens is not None:
+            return max(self.q_lens, default=0)
+        return self.positions.shape[0] // max(self.block_tables.shape[0], 1)
+
+    def misfit(self) -> bool:
+        """Whether the form contradicts itself: uniform rows that are no multiple of the sequences,
+        or ragged ones whose sums are not of those sequences."""
+        num_sequences = self.block_tables.shape[0]
+        if self.cu_seqlens is None:
+            return self.positions.shape[0] % max(num_sequences, 1) != 0
+        return (
+            len(self.q_lens) != num_sequences
+            or self.cu_seqlens.shape != (num_sequences + 1,)
+            or not self.cu_seqlens.is_contiguous()
+        )
+
+
+class LayerKV(NamedTuple):
+    """One layer's paged memory.
+
+    k, v     [num_blocks, block_size, G, D]
+    index_k  [num_blocks, block_size, Di]; None where the layer computes no selection
+    """
+
+    k: Tensor
+    v: Tensor
+    index_k: Tensor | None = None
+
+    @property
+    def block_size(self) -> int:
+        return self.k.shape[1]
+
+    def index_keys(self, op: str) -> Tensor:
+        """Raises  ValueError, in the name of ``op``, for a layer that has no index keys."""
+        if self.index_k is None:
+            raise ValueError(f"{op}: this layer has no index keys")
+        return self.index_k
+
+
+class HeadNorms(NamedTuple):
+    """The per-head norms of one layer's queries and keys: weights of gemma_rmsnorm.
+
+    q, k              [D]
+    index_q, index_k  [Di]; None where the layer computes no selection
+    """
+
+    q: Tensor
+    k: Tensor
+    eps: float
+    index_q: Tensor | None = None
+    index_k: Tensor | None = None
+
+
+# What an error about one of them tells part by part.
+WORDS = (Rows, LayerKV, HeadNorms)
