@@ -369,7 +369,7 @@ def attention_regime(pairs: int) -> str:
     return "verify" if pairs <= 64 else "verify_wide"
 
 
-def moe_regime(x: Tensor, pairs: int, experts: int) -> str:
+def moe_regime(pairs: int, experts: int) -> str:
     """few or several (what reads weights), some or many (what computes) rows an expert."""
     if pairs <= 2 * experts:
         return "few"

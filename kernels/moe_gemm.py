@@ -28,6 +28,7 @@ from eaglerun.kernels.language import (
 from eaglerun.kernels.launch import Settings, moe_regime, settings
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.reference import moe_gemm as reference
+from eaglerun.kernels.rows import Experts, Routing
 from eaglerun.kernels.swiglu_oai import clamped_swiglu, swiglu_oai
 
 
@@ -412,16 +413,7 @@ def _combine_kernel(
 
 @paired(reference.moe_gemm)
 def moe_gemm(
-    x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    alpha: float,
-    limit: float,
-    beta: float,
-    shared_up: Tensor | None = None,
-    shared_down: Tensor | None = None,
+    x: Tensor, routing: Routing, experts: Experts, alpha: float, limit: float, beta: float
 ) -> Tensor:
     """The weighted sum of each row's experts, and the shared expert's output.
 
@@ -432,9 +424,8 @@ def moe_gemm(
     ids of -1 add nothing. An expert that is in no id may hold anything; without a shared expert
     x[n] is not used where all ids are -1.
 
-    Shapes  x [N, H], last dim contiguous; w13 [E, 2 I, H], gate rows then up rows; w2 [E, H, I];
-            ids [N, topk] int32, weights [N, topk] fp32; shared_up [2 Is, H] and shared_down
-            [H, Is], or both None; all contiguous; returns [N, H]. E < 1024. N may be 0.
+    Shapes  x [N, H], last dim contiguous; routing of N rows and experts, all contiguous; returns
+            [N, H]. E < 1024. N may be 0.
     Dtypes  x and all weight matrices alike: bf16, fp16 or fp32; products and sums in fp32; a and
             y round to x.dtype.
     Error   2 ulp of x.dtype at the row's largest value: fp32 sums in another order. Up to 8 pairs
@@ -446,35 +437,33 @@ def moe_gemm(
     Source  MiniMaxM3VLExperts, MiniMaxM3VLSparseMoeBlock (transformers 5.23,
             models/minimax_m3_vl).
     """
+    ids, weights = routing
+    w13, w2, shared_up, shared_down = experts
     rows, hidden = x.shape
-    experts, width = w13.shape[0], w13.shape[1] // 2
+    count, width = w13.shape[0], w13.shape[1] // 2
     topk = ids.shape[1]
     require(
         ids.shape == weights.shape == (rows, topk)
         and ids.dtype == torch.int32
         and weights.dtype == torch.float32
-        and w13.shape == (experts, 2 * width, hidden)
-        and w2.shape == (experts, hidden, width)
+        and w13.shape == (count, 2 * width, hidden)
+        and w2.shape == (count, hidden, width)
         and x.dtype == w13.dtype == w2.dtype
         and x.dtype in FLOATS
         and x.stride(1) == 1
         and all(t.is_contiguous() for t in (w13, w2, ids, weights))
-        and experts < 1024
+        and count < 1024
         and _is_layer(shared_up, shared_down, x),
         "moe_gemm",
         x=x,
-        w13=w13,
-        w2=w2,
-        ids=ids,
-        weights=weights,
-        shared_up=shared_up,
-        shared_down=shared_down,
+        routing=routing,
+        experts=experts,
     )
     out = torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
     if not rows:
         return out
     pairs, device = rows * topk, x.device
-    regime = moe_regime(x, pairs, experts)
+    regime = moe_regime(pairs, count)
     up, down = settings(f"moe_up_{regime}", x), settings(f"moe_down_{regime}", x)
     block_t, extra = up["BLOCK_T"], up["EXTRA"]
     # The shared expert as a tile of its own, where one holds all rows.
@@ -489,7 +478,7 @@ def moe_gemm(
         gate_up = linear.kernel(x, shared_up)
         shared = linear.kernel(swiglu_oai.kernel(gate_up, alpha, limit, beta), shared_down)
     # sum_e ceil(c_e / T) over at most min(pairs, E) visited experts.
-    max_tiles = min(pairs, experts + pairs // block_t)
+    max_tiles = min(pairs, count + pairs // block_t)
     tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=device)
     order = torch.empty(max_tiles * (block_t + extra), dtype=torch.int32, device=device)
     all_pairs = pairs + rows if fused else pairs
@@ -501,16 +490,16 @@ def moe_gemm(
         # A tile of the shared expert would need a descriptor of its own.
         launch["DESCRIBED"] = bool(launch.get("DESCRIBED", 0)) and not fused and _can_describe(w)
     if rows > 1:
-        _sort_kernel[(experts + 1,)](
+        _sort_kernel[(count + 1,)](
             ids,
             order,
             tile_expert,
             pairs,
-            experts,
+            count,
             max_tiles,
             BLOCK_T=block_t,
             EXTRA=extra,
-            BINS=power_of_2(experts + 1),
+            BINS=power_of_2(count + 1),
             BLOCK_S=power_of_2(block_t + extra),
             **settings("moe_sort", x),
         )

@@ -18,6 +18,7 @@ from eaglerun.kernels.language import (
 )
 from eaglerun.kernels.launch import route_regime, settings
 from eaglerun.kernels.reference import moe_route as reference
+from eaglerun.kernels.rows import Routing
 from eaglerun.kernels.vocab_argmax import index_of, ordered_key
 
 
@@ -82,7 +83,6 @@ def _choose_kernel(
     scale,
     SPLITS: tl.constexpr,
     TOPK: tl.constexpr,
-    SHARED: tl.constexpr,
     BIAS: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -115,13 +115,10 @@ def _choose_kernel(
         weights = tl.where(j == i, weight, weights)
         key = tl.where(e == best, lowest, key)
     weights = weights * (scale / total)
-    for i in tl.static_range(SHARED):
-        ids = tl.where(j == TOPK + i, E + i, ids)
-        weights = tl.where(j == TOPK + i, 1.0, weights)
     real = tl.load(positions_ptr + row) >= 0
-    out = row * (TOPK + SHARED) + j
-    tl.store(ids_ptr + out, tl.where(real, ids, -1), mask=j < TOPK + SHARED)
-    tl.store(weights_ptr + out, tl.where(real, weights, 0.0), mask=j < TOPK + SHARED)
+    out = row * TOPK + j
+    tl.store(ids_ptr + out, tl.where(real, ids, -1), mask=j < TOPK)
+    tl.store(weights_ptr + out, tl.where(real, weights, 0.0), mask=j < TOPK)
     if COUNT:
         tl.store(count_ptr, tl.load(count_ptr) + tl.where(real, TOPK, 0))
 
@@ -150,20 +147,18 @@ def moe_route(
     topk: int,
     scale: float,
     num_experts: Tensor | None = None,
-    num_shared: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> Routing:
     """Sigmoid scores of the gate; the bias chooses, the plain scores weigh.
 
     s[n, e] = sigmoid(x[n] . gate[e]); chosen = the topk largest s + bias, lower id on a tie;
-    weight[n, j] = scale * s[n, e_j] / sum_j s[n, e_j]. The last num_shared columns are the
-    experts E, E + 1 .. with weight 1: shared experts that lie behind the routed ones. A row of
-    padding (position -1) visits nothing: ids -1, weights 0.
+    weight[n, j] = scale * s[n, e_j] / sum_j s[n, e_j]. A row of padding (position -1) visits
+    nothing: ids -1, weights 0.
 
     Shapes  x [N, H], last dim contiguous; gate [E, H] contiguous; bias [E] or None; positions
-            [N]; num_experts [1] int64 or None; returns ids [N, topk + num_shared] int32 and
-            weights alike. E <= 512, topk <= 16. N may be 0.
+            [N]; num_experts [1] int64 or None; returns ids [N, topk] int32 and weights alike.
+            E <= 512, topk <= 16. N may be 0.
     Dtypes  x bf16, fp16 or fp32; gate and bias fp32; products exact, sums fp32 in fixed order.
-    Writes  num_experts += the number of distinct routed experts in ids.
+    Writes  num_experts += the number of distinct experts in ids.
     Error   logits 1e-6 of |x| |gate|, so ids as the reference's but for scores closer than
             that. A row's bits depend on which of the launch table's tiles its N takes: the same
             up to 64 rows, from 65 to 512, and above; in a batch-invariant engine
@@ -192,10 +187,10 @@ def moe_route(
         positions=positions,
         topk=topk,
     )
-    ids = torch.empty(rows, topk + num_shared, dtype=torch.int32, device=x.device)
-    weights = torch.empty(rows, topk + num_shared, dtype=torch.float32, device=x.device)
+    ids = torch.empty(rows, topk, dtype=torch.int32, device=x.device)
+    weights = torch.empty(rows, topk, dtype=torch.float32, device=x.device)
     if not rows:
-        return ids, weights
+        return Routing(ids, weights)
     launch = settings(f"route_logits_{route_regime(rows)}", x)
     per_split = launch["BLOCK_K"] * cdiv(width, launch.pop("SPLITS") * launch["BLOCK_K"])
     splits = cdiv(width, per_split)
@@ -225,12 +220,11 @@ def moe_route(
         scale,
         SPLITS=splits,
         TOPK=topk,
-        SHARED=num_shared,
         BIAS=bias is not None,
         COUNT=num_experts is not None and rows == 1,
         BLOCK_S=power_of_2(splits),
         BLOCK_E=power_of_2(experts),
-        BLOCK_K=power_of_2(topk + num_shared),
+        BLOCK_K=power_of_2(topk),
         **launch,
     )
     if num_experts is not None and rows > 1:
@@ -242,4 +236,4 @@ def moe_route(
             BINS=power_of_2(experts + 1),
             **settings("route_count", x),
         )
-    return ids, weights
+    return Routing(ids, weights)

@@ -89,5 +89,30 @@ class HeadNorms(NamedTuple):
     index_k: Tensor | None = None
 
 
+class Routing(NamedTuple):
+    """Which experts each row visits, and with what weight.
+
+    ids      [N, topk] int32; -1 visits nobody
+    weights  [N, topk] fp32 (fp64 in a model of float64)
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+
+class Experts(NamedTuple):
+    """The weights of one layer's experts: those that rows are routed to, and the shared one.
+
+    w13          [E, 2 I, H], gate rows then up rows
+    w2           [E, H, I]
+    shared_up    [2 Is, H], as w13's; shared_down [H, Is]; both None where there is none
+    """
+
+    w13: Tensor
+    w2: Tensor
+    shared_up: Tensor | None = None
+    shared_down: Tensor | None = None
+
+
 # What an error about one of them tells part by part.
-WORDS = (Rows, LayerKV, HeadNorms)
+WORDS = (Rows, LayerKV, HeadNorms, Routing, Experts)

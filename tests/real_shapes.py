@@ -30,7 +30,7 @@ from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.noise import gumbel, gumbel_argmax, uniform
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
-from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
+from eaglerun.kernels.rows import Experts, HeadNorms, LayerKV, Routing, Rows
 from eaglerun.kernels.swiglu_oai import swiglu, swiglu_oai
 from eaglerun.kernels.vocab_argmax import vocab_argmax
 
@@ -61,11 +61,12 @@ def calls(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator
     for rows in (1, 4, 256, 2048, 8192):
         x, positions = new(rows, HIDDEN), ints(rows)
         gate, bias = new(EXPERTS, HIDDEN, dtype=torch.float32), new(EXPERTS, dtype=torch.float32)
-        yield moe_route, (x, gate, bias, positions, 4, 2.0, ints(1), rows % 2)
+        yield moe_route, (x, gate, bias, positions, 4, 2.0, ints(1))
         w13, w2 = new(EXPERTS, 2 * WIDTH, HIDDEN), new(EXPERTS, HIDDEN, WIDTH)
         ids, weights = ints(rows, 4, dtype=torch.int32), new(rows, 4, dtype=torch.float32)
         shared = (new(2 * WIDTH, HIDDEN), new(HIDDEN, WIDTH))
-        yield moe_gemm, (x, w13, w2, ids, weights, 1.702, 7.0, 1.0, *shared)
+        layer = Experts(w13, w2, *shared)
+        yield moe_gemm, (x, Routing(ids, weights), layer, 1.702, 7.0, 1.0)
 
 
 def widest(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Iterator[Call]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from eaglerun.batch import host_tensor
 from eaglerun.kernels.index_topk import INIT_SCORE, LOCAL_SCORE, block_scores
-from eaglerun.kernels.rows import LayerKV, Rows
+from eaglerun.kernels.rows import LayerKV, Routing, Rows
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import BlockSelector, DecoderLayer, MiniMaxM3
 from eaglerun.models.moe import Gate, MoE
@@ -107,11 +107,9 @@ class Selections:
         positions = positions.masked_fill(positions < 0, self._longest)
         self._at = (runner.state.sampling.seed[slots], positions)
 
-    def _keep_experts(
-        self, kept: Tensor, gate: Gate, _: object, output: tuple[Tensor, Tensor]
-    ) -> None:
+    def _keep_experts(self, kept: Tensor, gate: Gate, _: object, output: Routing) -> None:
         assert self._at is not None
-        kept[self._at] = output[0][:, : gate.topk].short()
+        kept[self._at] = output.ids.short()
 
     def _keep_blocks(
         self, kept: Tensor, _: BlockSelector, args: object, output: Tensor | None
@@ -340,22 +338,19 @@ class Replay:
         short: Tensor,
         gate: Gate,
         args: tuple[Tensor, Tensor, Tensor | None],
-        output: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        ids, weights = output
+        output: Routing,
+    ) -> Routing:
         scores = F.linear(args[0].to(gate.weight.dtype), gate.weight).sigmoid()
         choice = scores
         if gate.e_score_correction_bias is not None:
             choice = scores + gate.e_score_correction_bias
         known = (wanted >= 0).all(-1, keepdim=True)
-        wanted = torch.where(known, wanted, ids[:, : gate.topk].long())
+        wanted = torch.where(known, wanted, output.ids.long())
         chosen = torch.zeros_like(choice, dtype=torch.bool).scatter(1, wanted, True)
         short.copy_(self._short(choice, choice.abs().amax(-1), chosen, differs))
         followed = scores.gather(1, wanted)
         followed = followed * (gate.scale / followed.sum(-1, keepdim=True))
-        ids[:, : gate.topk] = wanted.to(ids.dtype)
-        weights[:, : gate.topk] = followed
-        return ids, weights
+        return Routing(wanted.to(output.ids.dtype), followed.to(output.weights.dtype))
 
     def _follow_blocks(
         self,

@@ -38,7 +38,7 @@ from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.noise import gumbel_argmax
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
-from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
+from eaglerun.kernels.rows import Experts, HeadNorms, LayerKV, Routing, Rows
 from eaglerun.kernels.swiglu_oai import swiglu
 from eaglerun.kernels.vocab_argmax import vocab_argmax
 
@@ -433,7 +433,7 @@ def moe_cases() -> Iterator[Case]:
             order = (torch.randn(n, EXPERTS, device=DEVICE) + lean).argsort(dim=1, descending=True)
             ids = order[:, :4].int().contiguous()
             distinct = len(ids.unique())
-            layer = (randn(n, HIDDEN), w13, w2, ids, weights, 1.702, 7.0, 1.0)
+            layer = (randn(n, HIDDEN), Routing(ids, weights), Experts(w13, w2), 1.702, 7.0, 1.0)
             flops = 2.0 * n * 4 * 3 * WIDTH * HIDDEN
             moved = distinct * expert_bytes + n * HIDDEN * 2 * 3
             if not name or 64 <= n <= 512:
@@ -444,7 +444,7 @@ def moe_cases() -> Iterator[Case]:
             yield Case(
                 f"moe_gemm n={n} experts={distinct} and shared",
                 moe_gemm,
-                [(*layer, shared_up, shared_down)],
+                [(*layer[:2], Experts(w13, w2, shared_up, shared_down), *layer[3:])],
                 moved + expert_bytes,
                 flops * 1.25,
             )

@@ -45,7 +45,7 @@ from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
-from eaglerun.kernels.rows import HeadNorms
+from eaglerun.kernels.rows import Experts, HeadNorms
 
 Changes = dict[str, dict[str, int]]
 WRONG: tuple[type[Exception], ...] = (AssertionError, RuntimeError, *LAUNCH_ERRORS)
@@ -281,8 +281,8 @@ def layer_of(rows: int, count: int) -> Callable[[int], Tensor]:
         seen = attention_dense.kernel(q, kv, where, DIM**-0.5)
         y = linear.kernel(seen.flatten(1), o_proj[i])
         y, residual = add_gemma_rmsnorm.kernel(y, residual, norm, 1e-6)
-        ids, weights = moe_route.kernel(y, gates[i], None, where.positions, 4, 2.0)
-        return moe_gemm.kernel(y, w13, w2, ids, weights, 1.702, 7.0, 1.0, *shared[i])
+        routing = moe_route.kernel(y, gates[i], None, where.positions, 4, 2.0)
+        return moe_gemm.kernel(y, routing, Experts(w13, w2, *shared[i]), 1.702, 7.0, 1.0)
 
     return run
 

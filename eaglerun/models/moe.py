@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
+from eaglerun.kernels.rows import Experts, Routing
 from eaglerun.kernels.swiglu_oai import swiglu_oai
 from eaglerun.models.layers import Linear, empty_parameter
 from eaglerun.spec import TargetSpec
@@ -49,10 +50,8 @@ class Gate(nn.Module):
         self.topk = spec.num_experts_per_tok
         self.scale = spec.routed_scaling_factor
 
-    def forward(
-        self, x: Tensor, positions: Tensor, num_experts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x [N, hidden] -> ids [N, topk] int32 and weights alike; see moe_route."""
+    def forward(self, x: Tensor, positions: Tensor, num_experts: Tensor | None) -> Routing:
+        """x [N, hidden] -> the experts of each row; see moe_route."""
         return moe_route(
             x,
             self.weight,
@@ -64,7 +63,7 @@ class Gate(nn.Module):
         )
 
 
-class Experts(nn.Module):
+class RoutedExperts(nn.Module):
     """w13 [E, 2 I, hidden] (w1 rows, then w3 rows) and w2 [E, hidden, I]."""
 
     def __init__(self, spec: TargetSpec, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -80,7 +79,7 @@ class MoE(nn.Module):
     def __init__(self, spec: TargetSpec, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate = Gate(spec, device=device, dtype=dtype)
-        self.experts = Experts(spec, device=device, dtype=dtype)
+        self.experts = RoutedExperts(spec, device=device, dtype=dtype)
         self.shared_experts = DenseMLP(
             spec, spec.shared_intermediate_size, device=device, dtype=dtype
         )
@@ -91,14 +90,11 @@ class MoE(nn.Module):
 
         num_experts  int64 [1], incremented by the distinct experts visited; None counts nothing
         """
-        ids, weights = self.gate(x, positions, num_experts)
-        return moe_gemm(
-            x,
+        routing = self.gate(x, positions, num_experts)
+        experts = Experts(
             self.experts.w13,
             self.experts.w2,
-            ids,
-            weights,
-            *self.activation,
             self.shared_experts.gate_up_proj.weight,
             self.shared_experts.down_proj.weight,
         )
+        return moe_gemm(x, routing, experts, *self.activation)

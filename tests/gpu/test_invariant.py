@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu.test_kernels import ACTIVATION, experts, routing
+from gpu.test_kernels import ACTIVATION, experts, first, routing, shared_expert
 from lossless_check import check
 from paged import cut
 from pairs import draft_spec, target_spec, tiny_draft, tiny_target
@@ -16,7 +16,6 @@ from eaglerun.bench.kernels import (
     GROUPS,
     HEADS,
     HIDDEN,
-    WIDTH,
     new_layer,
     paged,
     randn,
@@ -27,6 +26,7 @@ from eaglerun.kernels.launch import invariant
 from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
+from eaglerun.kernels.rows import Experts
 from eaglerun.loader import Models
 
 pytestmark = pytest.mark.gpu
@@ -95,14 +95,12 @@ def test_routed_rows():
 
 
 def test_rows_of_experts():
-    w13, w2 = experts(32)
-    x, (ids, weights) = randn(4096, HIDDEN), routing(4096, 32)
-    shared = randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5), randn(HIDDEN, WIDTH, scale=WIDTH**-0.5)
-    rest = (*ACTIVATION, *shared)
+    layer = Experts(*experts(32)[:2], *shared_expert())
+    x, routed = randn(4096, HIDDEN), routing(4096, 32)
     with invariant(True):
-        whole = moe_gemm.kernel(x, w13, w2, ids, weights, *rest)
+        whole = moe_gemm.kernel(x, routed, layer, *ACTIVATION)
         for n in (1, 4, 16, 17, 64, 65, 256, 300, 700, 1000):
-            some = moe_gemm.kernel(x[:n], w13, w2, ids[:n], weights[:n], *rest)
+            some = moe_gemm.kernel(x[:n], first(routed, slice(n)), layer, *ACTIVATION)
             assert torch.equal(some, whole[:n]), n
 
 

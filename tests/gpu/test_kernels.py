@@ -26,6 +26,7 @@ from eaglerun.kernels.linear import linear
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
+from eaglerun.kernels.rows import Experts, Routing
 
 pytestmark = pytest.mark.gpu
 ACTIVATION = (1.702, 7.0, 1.0)
@@ -51,55 +52,58 @@ def test_every_case_of_the_benchmark(family):
 def experts(count):
     w13 = torch.stack([randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5) for _ in range(count)])
     w2 = torch.stack([randn(HIDDEN, WIDTH, scale=WIDTH**-0.5) for _ in range(count)])
-    return w13, w2
+    return Experts(w13, w2)
+
+
+def shared_expert():
+    up = randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
+    return up, randn(HIDDEN, WIDTH, scale=WIDTH**-0.5)
 
 
 def routing(rows, count):
     ids = torch.rand(rows, count, device="cuda").argsort(dim=1)[:, :4].int().contiguous()
-    return ids, torch.rand(rows, 4, device="cuda")
+    return Routing(ids, torch.rand(rows, 4, device="cuda"))
+
+
+def first(routing, rows):
+    return Routing(*(t[rows] for t in routing))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_an_moe_row_does_not_depend_on_its_neighbours(rows):
-    w13, w2 = experts(16)
-    x, (ids, weights) = randn(32, HIDDEN), routing(32, 16)
-    whole = moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
-    some = (x[5 : 5 + rows], w13, w2, ids[5 : 5 + rows], weights[5 : 5 + rows])
-    assert torch.equal(moe_gemm.kernel(*some, *ACTIVATION), whole[5 : 5 + rows])
+    layer, x, routed = experts(16), randn(32, HIDDEN), routing(32, 16)
+    whole = moe_gemm.kernel(x, routed, layer, *ACTIVATION)
+    part = slice(5, 5 + rows)
+    some = moe_gemm.kernel(x[part], first(routed, part), layer, *ACTIVATION)
+    assert torch.equal(some, whole[part])
 
 
 @pytest.mark.parametrize("uneven", [False, True])
 def test_bits_do_not_depend_on_tiles_nor_on_the_shared_experts_way(uneven):
     """Up to 16 rows the shared expert is one tile, then a layer of its own, of more than 64 by the
     library; tiles grow from 33 rows of 64 experts on."""
-    w13, w2 = experts(64)
-    shared = (
-        randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5),
-        randn(HIDDEN, WIDTH, scale=WIDTH**-0.5),
-    )
+    layer = experts(64)
+    both = Experts(*layer[:2], *shared_expert())
     x, (ids, weights) = randn(128, HIDDEN), routing(128, 64)
     if uneven:
         # Expert 3 in every row: more than a tile of it.
         ids = torch.where(ids == 3, ids[:, :1], ids)
         ids[:, 0] = 3
-    whole = moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
-    layered = moe_gemm.kernel(x[:64], w13, w2, ids[:64], weights[:64], *ACTIVATION, *shared)
+    routed = Routing(ids, weights)
+    whole = moe_gemm.kernel(x, routed, layer, *ACTIVATION)
+    layered = moe_gemm.kernel(x[:64], first(routed, slice(64)), both, *ACTIVATION)
     for n in (1, 2, 16, 17, 64, 65, 128):
-        some = (x[:n], w13, w2, ids[:n], weights[:n], *ACTIVATION)
-        assert torch.equal(moe_gemm.kernel(*some), whole[:n]), n
+        some = (x[:n], first(routed, slice(n)))
+        assert torch.equal(moe_gemm.kernel(*some, layer, *ACTIVATION), whole[:n]), n
         if n <= 64:
-            assert torch.equal(moe_gemm.kernel(*some, *shared), layered[:n]), n
+            assert torch.equal(moe_gemm.kernel(*some, both, *ACTIVATION), layered[:n]), n
 
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_overlapping_kernels_say_the_same(rows):
     """A chain of small kernels and products, eager and in a graph, with and without."""
     weight, back = randn(9856, HIDDEN, scale=0.02), randn(HIDDEN, 9856, scale=0.01)
-    w13, w2 = experts(8)
-    shared = (
-        randn(2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5),
-        randn(HIDDEN, WIDTH, scale=WIDTH**-0.5),
-    )
+    layer = Experts(*experts(8)[:2], *shared_expert())
     gate, norm = randn(8, HIDDEN, dtype=torch.float32), randn(HIDDEN, scale=0.1)
     first = randn(rows, HIDDEN)
     positions = torch.arange(rows, device="cuda")
@@ -110,8 +114,8 @@ def test_overlapping_kernels_say_the_same(rows):
             y, residual = add_gemma_rmsnorm.kernel(x, residual, norm, 1e-6)
             x = linear.kernel(linear.kernel(y, weight), back)
             y, residual = add_gemma_rmsnorm.kernel(x, residual, norm, 1e-6)
-            ids, weights = moe_route.kernel(y, gate, None, positions, 4, 2.0)
-            x = moe_gemm.kernel(y, w13, w2, ids, weights, *ACTIVATION, *shared)
+            routed = moe_route.kernel(y, gate, None, positions, 4, 2.0)
+            x = moe_gemm.kernel(y, routed, layer, *ACTIVATION)
         return x
 
     expected = chain()
@@ -171,19 +175,18 @@ def test_routing_differs_only_where_scores_are_as_close_as_their_error():
 
 def test_a_graph_replays_with_new_inputs():
     """Routing and lengths change between replays; no launch depends on them."""
-    w13, w2 = experts(16)
-    x, (ids, weights) = randn(8, HIDDEN), routing(8, 16)
+    layer, x, routed = experts(16), randn(8, HIDDEN), routing(8, 16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
+        moe_gemm.kernel(x, routed, layer, *ACTIVATION)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        out = moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION)
+        out = moe_gemm.kernel(x, routed, layer, *ACTIVATION)
     for _ in range(3):
         fresh, (new_ids, new_weights) = randn(8, HIDDEN), routing(8, 16)
         new_ids[-2:] = -1
-        x.copy_(fresh), ids.copy_(new_ids), weights.copy_(new_weights)
+        x.copy_(fresh), routed.ids.copy_(new_ids), routed.weights.copy_(new_weights)
         graph.replay()
-        assert torch.equal(out, moe_gemm.kernel(x, w13, w2, ids, weights, *ACTIVATION))
+        assert torch.equal(out, moe_gemm.kernel(x, routed, layer, *ACTIVATION))
         assert out[-2:].eq(0).all()

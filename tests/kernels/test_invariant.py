@@ -13,6 +13,7 @@ from eaglerun.kernels.language import interpreting
 from eaglerun.kernels.launch import invariant, settings
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
+from eaglerun.kernels.rows import Experts, Routing
 
 BF16 = torch.bfloat16
 BLOCK, GROUPS, HEADS, DIM = 64, 2, 8, 32
@@ -119,11 +120,12 @@ def test_routing(device):
 
 def test_experts(device):
     """From few rows an expert to many, whose products a default engine rounds."""
-    w13, w2 = (torch.randn(2, *shape, device=device).to(BF16) for shape in ((64, 48), (48, 32)))
+    shapes = ((64, 48), (48, 32))
+    layer = Experts(*(torch.randn(2, *shape, device=device).to(BF16) for shape in shapes))
     x = torch.randn(200, 48, device=device).to(BF16)
     ids = torch.rand(200, 2, device=device).argsort(dim=1).int().contiguous()
     weights = torch.rand(200, 2, device=device)
-    whole = compare(moe_gemm, x, w13, w2, ids, weights, 1.7, 7.0, 1.0, ulps=2, floor=1)
+    whole = compare(moe_gemm, x, Routing(ids, weights), layer, 1.7, 7.0, 1.0, ulps=2, floor=1)
     for n in (1, 3, 9, 150):
-        some = moe_gemm.kernel(x[:n], w13, w2, ids[:n], weights[:n], 1.7, 7.0, 1.0)
+        some = moe_gemm.kernel(x[:n], Routing(ids[:n], weights[:n]), layer, 1.7, 7.0, 1.0)
         same(some, whole[:n])

@@ -9,6 +9,7 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VL
 from eaglerun.kernels.reference.moe_gemm import moe_gemm
 from eaglerun.kernels.reference.moe_route import moe_route
 from eaglerun.kernels.reference.swiglu_oai import swiglu_oai
+from eaglerun.kernels.rows import Experts, Routing
 
 ACTIVATION = (1.702, 7.0, 1.0)
 
@@ -73,13 +74,13 @@ def test_block_of_transformers(rows, experts, topk):
         block.gate.e_score_correction_bias.normal_(0, 0.3)
         theirs = block(x[None])[0]
         gate, routed = block.gate, block.experts
-        ids, weights = moe_route(x, gate.weight, gate.e_score_correction_bias, positions, topk, 2.0)
+        routing = moe_route(x, gate.weight, gate.e_score_correction_bias, positions, topk, 2.0)
         w13, w2 = routed.gate_up_proj, routed.down_proj
         own = block.shared_experts
         layer = (own.gate_up_proj.weight, own.down_proj.weight)
-        ours = moe_gemm(x, w13, w2, ids, weights, 1.702, 1.0, 1.0, *layer)
+        ours = moe_gemm(x, routing, Experts(w13, w2, *layer), 1.702, 1.0, 1.0)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        alone = moe_gemm(x, w13, w2, ids, weights, 1.702, 1.0, 1.0)
+        alone = moe_gemm(x, routing, Experts(w13, w2), 1.702, 1.0, 1.0)
         torch.testing.assert_close(alone + own(x), theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -103,20 +104,21 @@ def test_experts_one_pair_at_a_time(dtype):
                 gate_up = F.linear(x[n].double(), w13[e].double())
                 a = swiglu_oai(gate_up[None], *ACTIVATION)[0].to(dtype).double()
                 expected[n] += weights[n, j].double() * F.linear(a, w2[e].double())
-    ours = moe_gemm(x, w13, w2, ids, weights, *ACTIVATION, *layer)
+    routing = Routing(ids, weights)
+    ours = moe_gemm(x, routing, Experts(w13, w2, *layer), *ACTIVATION)
     assert ours.dtype == dtype
     tolerance = 1e-12 if dtype == torch.float64 else 2**-7
     torch.testing.assert_close(ours, expected.to(dtype), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ours[2], shared[2], rtol=tolerance, atol=tolerance)
     x[2] = torch.nan
-    assert moe_gemm(x, w13, w2, ids, weights, *ACTIVATION)[2].eq(0).all()
+    assert moe_gemm(x, routing, Experts(w13, w2), *ACTIVATION)[2].eq(0).all()
 
 
 def test_no_pairs_at_all():
-    w13, w2 = torch.randn(3, 4, 8), torch.randn(3, 8, 2)
+    layer = Experts(torch.randn(3, 4, 8), torch.randn(3, 8, 2))
     for x in (torch.randn(0, 8), torch.full((2, 8), torch.nan)):
         ids = torch.full((len(x), 2), -1, dtype=torch.int32)
-        out = moe_gemm(x, w13, w2, ids, torch.zeros(len(x), 2), *ACTIVATION)
+        out = moe_gemm(x, Routing(ids, torch.zeros(len(x), 2)), layer, *ACTIVATION)
         assert out.shape == x.shape and out.eq(0).all()
     with pytest.raises(ValueError, match="moe_gemm"):
-        moe_gemm(torch.ones(1, 8), w13, w2, ids[:1], torch.zeros(1, 3), *ACTIVATION)
+        moe_gemm(torch.ones(1, 8), Routing(ids[:1], torch.zeros(1, 3)), layer, *ACTIVATION)
