@@ -21,7 +21,7 @@ from eaglerun.kernels.accept import move_on, window
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_inputs import kv_slots_of, newest_inputs, verify_inputs
 from eaglerun.kernels.launch import invariant, overlapping
-from eaglerun.kernels.rows import Rows
+from eaglerun.kernels.rows import Newest, Rows
 from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import DraftKV, KVRegion, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
@@ -38,13 +38,14 @@ from eaglerun.sampling import (
     MAX_STOP_IDS,
     Features,
     LogprobRows,
+    SlotRows,
     adjust,
     draw,
     filtered,
     logprobs_of,
 )
 from eaglerun.speculative.eagle3 import Sampler, fill_accepted, propose
-from eaglerun.speculative.verify import verify
+from eaglerun.speculative.verify import Drafts, verify
 from eaglerun.step import PrefillChunk, StepPlan
 
 # Above so many verify rows launches are cheap beside the work, and graphs only cost memory.
@@ -251,15 +252,12 @@ class Runner:
         """Judge the drafts and move the sequences on; the logits as scored [B, Q, V]."""
         state, buffers, options = self.state, self.buffers, self.options
         Q, slots = forward.logits.shape[1], buffers.slots
+        probs = None if state.draft_probs is None else state.draft_probs[slots, : Q - 1]
         verified = verify(
             forward.logits,
-            forward.drafts,
-            None if state.draft_probs is None else state.draft_probs[slots, : Q - 1],
-            buffers.num_drafts,
+            Drafts(forward.drafts, buffers.num_drafts, probs),
             forward.length,
-            slots,
-            state.sampling,
-            features,
+            state.sampling.rows(slots, features),
             options.rejection,
             self.synthetic,
             self._scripted(slots, forward.length, Q) if options.scripted_tokens else None,
@@ -293,10 +291,9 @@ class Runner:
             fed,
             forward.length,
             forward.table,
-            self.options.block_size,
         )
         if num_passes:
-            tokens, position, hidden = newest_inputs(
+            newest = newest_inputs(
                 buffers.slots,
                 buffers.accepted,
                 buffers.num_propose,
@@ -304,16 +301,9 @@ class Runner:
                 state.last_token,
                 fed,
             )
+            rows = state.sampling.rows(buffers.slots, features)
             self._propose(
-                num_passes,
-                buffers.slots,
-                forward.table,
-                tokens,
-                hidden,
-                position,
-                buffers.num_propose,
-                max_seq_len + 1,
-                features,
+                newest, buffers.num_propose, num_passes, forward.table, max_seq_len + 1, rows
             )
 
     def _batch_size(self, num_rows: int) -> int:
@@ -393,9 +383,10 @@ class Runner:
         last = ends[host_tensor(final, self.device)]
         logits = self.target.logits(hidden[last])[:, None]
         none = logits.new_zeros(len(final), 0, dtype=torch.int64)
-        adjusted = adjust(logits, state.sampling, slots, none, features)
-        logp = filtered(adjusted, state.sampling, slots, features) if features.sampled else None
-        sampled = draw(adjusted, logp, state.sampling, slots, length[:, None])[:, 0]
+        rows = state.sampling.rows(slots, features)
+        adjusted = adjust(logits, rows, none)
+        logp = filtered(adjusted, rows) if features.sampled else None
+        sampled = draw(adjusted, logp, rows, length[:, None])[:, 0]
         if self.options.scripted_tokens:
             sampled = self._scripted(slots, length, 1)[:, 0]
         state.length[slots] = length + 1
@@ -404,8 +395,8 @@ class Runner:
         if plan.num_logprobs < 0:
             return sampled, None
         scored = adjusted if logp is None else logp
-        rows = scored[:, 0] if self.options.processed_logprobs else logits[:, 0]
-        return sampled, logprobs_of(rows, sampled, plan.num_logprobs)
+        chosen = scored[:, 0] if self.options.processed_logprobs else logits[:, 0]
+        return sampled, logprobs_of(chosen, sampled, plan.num_logprobs)
 
     def _prompt_logprobs(
         self, chunks: tuple[PrefillChunk, ...], hidden: Tensor
@@ -470,19 +461,17 @@ class Runner:
         length = host_tensor([c.end for c in proposing], self.device)
         table = self.state.block_table[slots]
         fed = fed[ends[which]]
-        size = self.options.block_size
-        fill_accepted(draft, kv, sampled[:, None], fed, length, table, size)
+        fill_accepted(draft, kv, sampled[:, None], fed, length, table)
         if num_passes := max(c.num_propose for c in proposing):
+            num_propose = host_tensor([c.num_propose for c in proposing], self.device)
+            features = self._features([c.slot_id for c in proposing])
             self._propose(
+                Newest(sampled, length, fed),
+                num_propose,
                 num_passes,
-                slots,
                 table,
-                sampled,
-                fed,
-                length,
-                host_tensor([c.num_propose for c in proposing], self.device),
                 max(c.end for c in proposing) + 1,
-                self._features([c.slot_id for c in proposing]),
+                self.state.sampling.rows(slots, features),
             )
 
     # Both parts.
@@ -496,37 +485,30 @@ class Runner:
 
     def _propose(
         self,
-        num_passes: int,
-        slots: Tensor,
-        table: Tensor,
-        tokens: Tensor,
-        hidden: Tensor,
-        position: Tensor,
+        newest: Newest,
         num_propose: Tensor,
+        num_passes: int,
+        table: Tensor,
         max_seq_len: int,
-        features: Features,
+        rows: SlotRows,
     ) -> None:
         """Draft after the newest tokens and remember the drafts by slot."""
         assert self.draft is not None and self.draft_kv is not None
-        sampler = None
-        if self.options.probabilistic_drafts and features.sampled:
-            sampler = Sampler(self.state.sampling, slots, features, self.options.rejection)
+        slots, sampler = rows.slots, None
+        if self.options.probabilistic_drafts and rows.features.sampled:
+            sampler = Sampler(rows, self.options.rejection)
         drafts, probs = propose(
             self.draft,
             self.draft_kv.layer,
-            tokens,
-            hidden,
-            position,
+            newest,
             num_propose,
             num_passes,
             table,
-            self.options.block_size,
             min(max_seq_len, self.options.max_model_len),
-            self.target.spec.vocab_size,
             sampler,
         )
         if self.options.scripted_drafts or self.options.scripted_tokens:
-            drafts = self._scripted(slots, position + 1, num_passes)
+            drafts = self._scripted(slots, newest.positions + 1, num_passes)
         self.state.draft_tokens[slots, :num_passes] = drafts
         if probs is not None and self.state.draft_probs is not None:
             self.state.draft_probs[slots, :num_passes] = probs.float()

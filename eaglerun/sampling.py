@@ -7,6 +7,7 @@ drafted, which makes speculative output equal plain output, token for token.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -109,6 +110,10 @@ class SamplingState:
                 words.scatter_add_(0, ids // 32, bits)
                 self.prompt_bits[slot] = words.to(torch.int32)
 
+    def rows(self, slots: Tensor, features: "Features") -> "SlotRows":
+        """Those of a batch's ``slots`` [B]."""
+        return SlotRows(self, slots, features)
+
     def add_tokens(self, slots: Tensor, tokens: Tensor, count: bool) -> None:
         """Note newly accepted tokens; ``count`` them where a penalty needs it.
 
@@ -148,21 +153,63 @@ class Features:
         )
 
 
-def adjust(
-    logits: Tensor, state: SamplingState, slots: Tensor, drafts: Tensor, features: Features
-) -> Tensor:
+class SlotRows:
+    """The sampling parameters of one batch's slots [B], and what its rows need of them.
+
+    Each is gathered when it is first asked for, and once for all moves that are handed the same
+    SlotRows: what nobody asks for costs nothing. The histories are read through state and slots,
+    for their rows are as wide as the vocabulary and are let go at once.
+    """
+
+    def __init__(self, state: SamplingState, slots: Tensor, features: Features) -> None:
+        self.state = state
+        self.slots = slots
+        self.features = features
+
+    @cached_property
+    def temperature(self) -> Tensor:
+        return self.state.temperature[self.slots]
+
+    @cached_property
+    def min_p(self) -> Tensor:
+        return self.state.min_p[self.slots]
+
+    @cached_property
+    def top_k(self) -> Tensor:
+        return self.state.top_k[self.slots]
+
+    @cached_property
+    def top_p(self) -> Tensor:
+        return self.state.top_p[self.slots]
+
+    @cached_property
+    def seed(self) -> Tensor:
+        return self.state.seed[self.slots]
+
+    @cached_property
+    def sampled(self) -> Tensor:
+        """Which sequences are not greedy."""
+        return self.temperature > 0
+
+    def seeds(self, count: int) -> Tensor:
+        """The seed of each of ``count`` rows a sequence: [B * count]."""
+        return self.seed[:, None].expand(-1, count).reshape(-1)
+
+
+def adjust(logits: Tensor, rows: SlotRows, drafts: Tensor) -> Tensor:
     """Logits after logit_bias, penalties and the min_tokens mask.
 
     Row j of a sequence counts the accepted history plus its drafted prefix d1 .. dj:
       repetition  l / r if l > 0 else l * r, for tokens of the prompt or the output
       frequency   l - f * count;  presence  l - p * [count > 0], output tokens only
 
-    Shapes  logits [B, Q, V]; slots [B]; drafts [B, Q - 1] int64. Returns [B, Q, V]: the very
+    Shapes  logits [B, Q, V]; rows of B; drafts [B, Q - 1] int64. Returns [B, Q, V]: the very
             logits where nobody asked for a change, else a new tensor of at least float32.
     Source  OpenAI's API reference (frequency, presence); Keskar et al. 2019, arXiv:1909.05858,
             section 4.1 (repetition, in the signed form of the Hugging Face library).
     """
     B, Q, V = logits.shape
+    state, slots, features = rows.state, rows.slots, rows.features
     if features.bias or features.penalties or features.min_tokens:
         logits = wide(logits)
     if features.bias:
@@ -171,7 +218,7 @@ def adjust(
         bias.scatter_(1, torch.where(ids >= 0, ids, V), values.to(logits.dtype))
         logits = logits + bias[:, None, :V]
     if features.penalties:
-        logits = _penalize(logits, state, slots, drafts)
+        logits = _penalize(logits, rows, drafts)
     if features.min_tokens:
         row = torch.arange(Q, device=logits.device)
         early = state.num_generated[slots][:, None] + row < state.min_tokens[slots][:, None]
@@ -182,8 +229,9 @@ def adjust(
     return logits
 
 
-def _penalize(logits: Tensor, state: SamplingState, slots: Tensor, drafts: Tensor) -> Tensor:
+def _penalize(logits: Tensor, rows: SlotRows, drafts: Tensor) -> Tensor:
     B, Q, V = logits.shape
+    state, slots = rows.state, rows.slots
     counts = state.output_counts[slots].to(logits.dtype)[:, None, :].repeat(1, Q, 1)
     for j in range(Q - 1):
         # Draft j + 1 is part of the history of every later row.
@@ -203,31 +251,32 @@ def _penalize(logits: Tensor, state: SamplingState, slots: Tensor, drafts: Tenso
     return logits - of(state.presence_penalty) * (counts > 0)
 
 
-def filtered(logits: Tensor, state: SamplingState, slots: Tensor, features: Features) -> Tensor:
+def filtered(logits: Tensor, rows: SlotRows) -> Tensor:
     """Log-probabilities of the distribution that is sampled: temperature, min_p, top_k, top_p.
 
     min_p keeps p >= min_p * max p; top_k the k largest; top_p the smallest set of the largest
     whose probability reaches top_p. Among equals at a boundary the lower id stays. Filters work
     one after the other, each on the renormalised rest. Greedy rows are not filtered.
 
-    Shapes  logits [B, Q, V]; slots [B]; returns [B, Q, V] of at least float32, -inf where
+    Shapes  logits [B, Q, V]; rows of B; returns [B, Q, V] of at least float32, -inf where
             filtered out.
     """
     logits = wide(logits)
-    temperature = state.temperature[slots].to(logits.dtype)[:, None, None]
-    sampled = temperature > 0
+    features = rows.features
+    temperature = rows.temperature.to(logits.dtype)[:, None, None]
+    sampled = rows.sampled[:, None, None]
     raw = logits
     # The largest becomes 0 first: a tiny temperature would overflow it, and inf - inf is NaN.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     logits = logits / torch.where(sampled, temperature, 1.0)
     if features.min_p:
-        min_p = state.min_p[slots].to(logits.dtype)[:, None, None]
+        min_p = rows.min_p.to(logits.dtype)[:, None, None]
         floor = logits.amax(dim=-1, keepdim=True) + torch.log(min_p)
         logits = torch.where(logits < floor, -torch.inf, logits)
     if features.ranked:
         V = logits.shape[-1]
-        top_k = state.top_k[slots][:, None, None]
-        top_p = state.top_p[slots].to(logits.dtype)[:, None, None]
+        top_k = rows.top_k[:, None, None]
+        top_p = rows.top_p.to(logits.dtype)[:, None, None]
         ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
         rank = torch.arange(V, device=logits.device)
         drop = (rank >= top_k) & (top_k > 0)
@@ -248,23 +297,21 @@ def greedy(logits: Tensor) -> Tensor:
 def draw(
     logits: Tensor,
     logp: Tensor | None,
-    state: SamplingState,
-    slots: Tensor,
+    rows: SlotRows,
     positions: Tensor,
     stream: int = TOKEN,
 ) -> Tensor:
     """One token per row: argmax of log p + Gumbel noise, or of the logits where greedy.
 
-    Shapes  logits, logp [B, Q, V] (logp None: every row is greedy); slots [B]; positions [B, Q]
+    Shapes  logits, logp [B, Q, V] (logp None: every row is greedy); rows of B; positions [B, Q]
             int64, absolute, of the token to be drawn. Returns [B, Q] int64.
     """
     best = greedy(logits)
     if logp is None:
         return best
     B, Q, V = logits.shape
-    seeds = state.seed[slots][:, None].expand(B, Q).reshape(-1)
-    sampled = gumbel_argmax(logp.view(-1, V), seeds, positions.reshape(-1), stream)
-    return torch.where(state.temperature[slots][:, None] > 0, sampled.view(B, Q), best)
+    drawn = gumbel_argmax(logp.view(-1, V), rows.seeds(Q), positions.reshape(-1), stream)
+    return torch.where(rows.sampled[:, None], drawn.view(B, Q), best)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from eaglerun.kernels import paired
 from eaglerun.kernels.language import begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import draft_inputs as reference
+from eaglerun.kernels.rows import Newest
 
 
 @jit
@@ -348,7 +349,7 @@ def newest_inputs(
     length: Tensor,
     last_token: Tensor,
     hidden: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Newest:
     """What the first draft pass starts from: the newest token of each sequence, where it stands,
     and the hidden state of the position before, row accepted[b] of its rows.
 
@@ -395,7 +396,7 @@ def newest_inputs(
         width,
         **launch,
     )
-    return tokens, positions, own
+    return Newest(tokens, positions, own)
 
 
 def _require(name: str, block_table: Tensor, batch: int, **rows: Tensor) -> None:

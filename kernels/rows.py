@@ -114,5 +114,18 @@ class Experts(NamedTuple):
     shared_down: Tensor | None = None
 
 
+class Newest(NamedTuple):
+    """What drafting starts from, for each of B sequences.
+
+    tokens     [B] int64, the newest token
+    positions  [B] int64, where it stands
+    hidden     [B, H], fc(aux) of the position before
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    hidden: Tensor
+
+
 # What an error about one of them tells part by part.
 WORDS = (Rows, LayerKV, HeadNorms, Routing, Experts)

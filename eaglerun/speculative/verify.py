@@ -8,6 +8,7 @@ nothing.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from eaglerun.errors import ConfigError
 from eaglerun.kernels.accept import accept
 from eaglerun.kernels.noise import ACCEPT, RECOVER, SYNTHETIC, gumbel_argmax, uniform
-from eaglerun.sampling import Features, SamplingState, adjust, draw, filtered, greedy
+from eaglerun.sampling import SlotRows, adjust, draw, filtered, greedy
 
 
 def synthetic_rates(length: float, num_draft_tokens: int) -> tuple[float, ...]:
@@ -45,63 +46,65 @@ class Verified:
     scored: Tensor
 
 
+class Drafts(NamedTuple):
+    """What is to be judged: up to K drafts of B sequences.
+
+    tokens      [B, K] int64
+    num_drafts  [B] int64, how many of them are drafts; -1 on padding sequences
+    probs       [B, K, V], what sampled drafts were drawn from; None where drafts are one-hot
+    """
+
+    tokens: Tensor
+    num_drafts: Tensor
+    probs: Tensor | None = None
+
+
 def verify(
     logits: Tensor,
-    drafts: Tensor,
-    draft_probs: Tensor | None,
-    num_drafts: Tensor,
+    drafts: Drafts,
     length: Tensor,
-    slots: Tensor,
-    state: SamplingState,
-    features: Features,
+    rows: SlotRows,
     rejection: bool,
     synthetic: Tensor | None,
     script: Tensor | None = None,
 ) -> Verified:
-    """Judge up to K drafts of B sequences.
+    """Judge the drafts.
 
-    Shapes  logits [B, K + 1, V], row j after the last token and d1 .. dj; drafts [B, K] int64;
-            draft_probs [B, K, V] of sampled drafts, None where drafts are one-hot; num_drafts [B]
-            int64, -1 on padding sequences; length [B] int64, last token included; slots [B];
-            synthetic [K] float64, conditional acceptance rates that replace judgement;
-            script [B, K + 1] int64, tokens that take the place of the target's choices.
+    Shapes  logits [B, K + 1, V], row j after the last token and d1 .. dj; length [B] int64, last
+            token included; synthetic [K] float64, conditional acceptance rates that replace
+            judgement; script [B, K + 1] int64, tokens that take the place of the target's choices.
     """
-    B, Q, V = logits.shape
-    logits = adjust(logits, state, slots, drafts, features)
-    logp = filtered(logits, state, slots, features) if features.sampled else None
+    Q, tokens = logits.shape[1], drafts.tokens
+    logits = adjust(logits, rows, tokens)
+    logp = filtered(logits, rows) if rows.features.sampled else None
     scored = logits if logp is None else logp
     if synthetic is None and logp is None:
         targets = greedy(logits)
-        matches = (targets if script is None else script)[:, :-1] == drafts
+        matches = (targets if script is None else script)[:, :-1] == tokens
     elif synthetic is not None:
         positions = length[:, None] + torch.arange(Q, device=logits.device)
-        targets, matches = _synthetic(logits, drafts, positions, slots, state, synthetic)
+        targets, matches = _synthetic(logits, tokens, positions, rows, synthetic)
     else:
         positions = length[:, None] + torch.arange(Q, device=logits.device)
-        targets = draw(logits, logp, state, slots, positions)
-        matches = (targets if script is None else script)[:, :-1] == drafts
+        targets = draw(logits, logp, rows, positions)
+        matches = (targets if script is None else script)[:, :-1] == tokens
         if rejection and logp is not None and Q > 1:
-            stands, recovered = _reject(logp, drafts, draft_probs, positions, slots, state)
-            sampled = (state.temperature[slots] > 0)[:, None]
+            stands, recovered = _reject(logp, drafts, positions, rows)
+            sampled = rows.sampled[:, None]
             matches = torch.where(sampled, stands, matches)
-            judged = torch.arange(Q - 1, device=logits.device) < num_drafts[:, None]
-            chosen = torch.where(stands, drafts, recovered)
+            judged = torch.arange(Q - 1, device=logits.device) < drafts.num_drafts[:, None]
+            chosen = torch.where(stands, tokens, recovered)
             targets = torch.cat(
                 [torch.where(sampled & judged, chosen, targets[:, :-1]), targets[:, -1:]], dim=1
             )
     if script is not None:
         targets = script
-    emitted, accepted = accept(targets, matches, num_drafts)
+    emitted, accepted = accept(targets, matches, drafts.num_drafts)
     return Verified(emitted, accepted, scored)
 
 
 def _reject(
-    logp: Tensor,
-    drafts: Tensor,
-    draft_probs: Tensor | None,
-    positions: Tensor,
-    slots: Tensor,
-    state: SamplingState,
+    logp: Tensor, drafts: Drafts, positions: Tensor, rows: SlotRows
 ) -> tuple[Tensor, Tensor]:
     """The classic rule: a draft d stands iff u * q(d) < p(d), else a token of max(p - q, 0).
 
@@ -109,36 +112,30 @@ def _reject(
     recovered [B, K] int64.
     Source  Leviathan et al. 2023, arXiv:2211.17192, section 2.3.
     """
-    B, K = drafts.shape
+    tokens, probs = drafts.tokens, drafts.probs
+    B, K = tokens.shape
     V = logp.shape[-1]
     p = logp[:, :-1].exp()
-    at = positions[:, :-1].reshape(-1)
-    seeds = state.seed[slots][:, None].expand(B, K).reshape(-1)
+    at, seeds = positions[:, :-1].reshape(-1), rows.seeds(K)
     u = uniform(seeds, at, ACCEPT).view(B, K)
-    p_draft = p.gather(2, drafts[:, :, None])[:, :, 0]
-    if draft_probs is None:
+    p_draft = p.gather(2, tokens[:, :, None])[:, :, 0]
+    if probs is None:
         q_draft = torch.ones_like(p_draft)
-        rest = p.scatter(2, drafts[:, :, None], 0.0)
+        rest = p.scatter(2, tokens[:, :, None], 0.0)
     else:
-        q_draft = draft_probs.gather(2, drafts[:, :, None])[:, :, 0].to(p.dtype)
-        rest = (p - draft_probs.to(p.dtype)).clamp(min=0)
+        q_draft = probs.gather(2, tokens[:, :, None])[:, :, 0].to(p.dtype)
+        rest = (p - probs.to(p.dtype)).clamp(min=0)
     recovered = gumbel_argmax(rest.log().view(-1, V), seeds, at, RECOVER)
     return u * q_draft < p_draft, recovered.view(B, K)
 
 
 def _synthetic(
-    logits: Tensor,
-    drafts: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    state: SamplingState,
-    rates: Tensor,
+    logits: Tensor, tokens: Tensor, positions: Tensor, rows: SlotRows, rates: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Accept draft j with probability rates[j] whatever the target says; else its argmax."""
     best = greedy(logits)
-    B, K = drafts.shape
-    seeds = state.seed[slots][:, None].expand(B, K).reshape(-1)
-    u = uniform(seeds, positions[:, :-1].reshape(-1), SYNTHETIC).view(B, K)
+    B, K = tokens.shape
+    u = uniform(rows.seeds(K), positions[:, :-1].reshape(-1), SYNTHETIC).view(B, K)
     matches = u < rates[:K]
-    targets = torch.cat([torch.where(matches, drafts, best[:, :-1]), best[:, -1:]], dim=1)
+    targets = torch.cat([torch.where(matches, tokens, best[:, :-1]), best[:, -1:]], dim=1)
     return targets, matches

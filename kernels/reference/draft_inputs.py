@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from eaglerun.kernels.rows import Newest
+
 
 def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tensor:
     """KV slot of each position: block_table[p // block_size] * block_size + p % block_size.
@@ -88,7 +90,7 @@ def newest_inputs(
     length: Tensor,
     last_token: Tensor,
     hidden: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Newest:
     """What the first draft pass starts from: the newest token of each sequence, where it stands,
     and the hidden state of the position before, row accepted[b] of its rows.
 
@@ -99,4 +101,4 @@ def newest_inputs(
     row = torch.arange(slots.shape[0], device=slots.device)
     own = hidden.unflatten(0, (slots.shape[0], -1))[row, accepted]
     own = torch.where((num_propose > 0)[:, None], own, 0.0)
-    return last_token[slots], length[slots] - 1, own
+    return Newest(last_token[slots], length[slots] - 1, own)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eaglerun.messages import SamplingParams
 from eaglerun.sampling import Features, SamplingState
-from eaglerun.speculative.verify import Verified, verify
+from eaglerun.speculative.verify import Drafts, Verified, verify
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
 ROWS = 6000 * SCALE
@@ -101,13 +101,13 @@ def call_verify(
 
     return verify(
         every_row(logits),
-        torch.from_numpy(drafts),
-        None if q is None else every_row(q),
-        torch.from_numpy(num_drafts),
+        Drafts(
+            torch.from_numpy(drafts),
+            torch.from_numpy(num_drafts),
+            None if q is None else every_row(q),
+        ),
         torch.full((rows,), 1000 + seed),
-        torch.arange(rows),
-        state,
-        features,
+        state.rows(torch.arange(rows), features),
         rejection,
         None,
     )

@@ -18,7 +18,7 @@ from oracles.eagle3 import Eagle3Oracle, Proposal, rotate
 from pairs import target_spec, tiny_target
 from torch import Tensor
 
-from eaglerun.kernels.rows import LayerKV, Rows
+from eaglerun.kernels.rows import LayerKV, Newest, Rows
 from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import DraftKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
@@ -257,21 +257,21 @@ def run_propose(
         for slot in range(len(texts)):
             state.admit(slot, params, seed + slot, (), (), (), 0)
         slots = torch.arange(len(texts))
-        sampler = Sampler(state, slots, Features.of([params]), rejection=True)
+        sampler = Sampler(state.rows(slots, Features.of([params])), rejection=True)
     # A row of padding has no sequence behind it (kernels.draft_inputs.newest_inputs).
     newest[-1] = torch.zeros_like(newest[-1])
     drafts, probs = propose(
         draft,
         kv,
-        torch.tensor([text.tokens[-1] for text in texts]),
-        torch.stack(newest),
-        torch.tensor([n - 1 for n in lengths]),
+        Newest(
+            torch.tensor([text.tokens[-1] for text in texts]),
+            torch.tensor([n - 1 for n in lengths]),
+            torch.stack(newest),
+        ),
         torch.tensor(num_propose),
         num_passes,
         table.clamp(min=0),
-        BLOCK,
         max(lengths),
-        VOCAB,
         sampler,
     )
     return Proposed(texts, num_propose, drafts, probs)
