@@ -1,4 +1,7 @@
-"""Kernels, each with a PyTorch reference of the same name and signature in reference/."""
+"""Kernels, each with a PyTorch reference of the same name and signature in reference/.
+
+An op's docstring is its contract, and stands once: with the op. The reference points to it.
+"""
 
 import contextlib
 import functools

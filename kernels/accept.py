@@ -93,9 +93,10 @@ def accept(targets: Tensor, matches: Tensor, num_drafts: Tensor) -> tuple[Tensor
     accepted[b] = number of leading True in matches[b, :num_drafts[b]];
     emitted[b, j] = targets[b, j] for j <= accepted[b], else -1.
 
-    Shapes  targets [B, K + 1] int64; matches [B, K] bool, last dims contiguous; num_drafts [B]
-            int64 of any stride, -1 on padding sequences, which emit nothing. Returns emitted
-            [B, K + 1] and accepted [B] int64 (0 on padding). B and K may be 0.
+    Shapes  targets [B, K + 1] int64, the token of row j, which is the draft itself where it
+            matches; matches [B, K] bool; last dims contiguous; num_drafts [B] int64 of any stride,
+            -1 on padding sequences, which emit nothing. Returns emitted [B, K + 1] and accepted
+            [B] int64 (0 on padding). B and K may be 0.
     Error   none.
     Raises  ValueError on another shape, stride or dtype.
     Source  Leviathan et al. 2023, arXiv:2211.17192, algorithm 1, for chains of one-hot drafts.

@@ -37,6 +37,8 @@ def store_carry(hidden: Tensor, kv_slots: Tensor, carry: Tensor, block_size: int
     """Keep fc(aux) of each row that stands in the last place of its block.
 
     carry[kv_slots[n] // block_size] = hidden[n] where kv_slots[n] % block_size == block_size - 1.
+    A rejected row's value is overwritten when its place is computed again, before the block can
+    be published.
 
     Shapes  hidden [N, H], last dim contiguous; kv_slots [N] int64, -1 on padding rows, whose
             hidden is not read; carry [num_blocks, H] contiguous.

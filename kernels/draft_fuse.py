@@ -49,8 +49,8 @@ def group_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     y[n, g * D + d] = x[n, g, d] * rsqrt(mean_d(x[n, g, :]^2) + eps) * weight[g, d]
 
-    Shapes  x [N, G, D], last dim contiguous, any other strides; weight [G, D]; returns
-            [N, G * D] contiguous.
+    Shapes  x [N, G, D], last dim contiguous, any other strides (the aux buffers are [G, rows, D]);
+            weight [G, D]; returns [N, G * D] contiguous.
     Dtypes, Error  as rmsnorm, whose kernel this is.
     Raises  ValueError when weight is not [G, D], and as rmsnorm.
     Source  fc_norm of EAGLE-3.1 drafts (vLLM 0.33.0, models/llama_eagle3.py).
@@ -77,7 +77,8 @@ def embed_dual_rmsnorm(
             weights [D]; returns [N, 2 * D] contiguous. N may be 0. D <= 32768.
     Dtypes  ids int64; table and hidden bf16, fp16 or fp32, alike; weights the same or fp32.
     Error   as rmsnorm.
-    Raises  ValueError on another shape, stride or dtype. An id outside table is not seen.
+    Raises  ValueError on another shape, stride or dtype. The reference raises IndexError on an
+            id that table has not; the kernel does not see one.
     """
     rows, width = hidden.shape
     require(

@@ -72,7 +72,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @paired(reference.gemma_rmsnorm)
 def gemma_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm whose weight is an offset from one.
+    """RMSNorm whose weight is an offset from one: a zero weight is the identity scale.
 
     y[n, d] = x[n, d] * rsqrt(mean_d(x[n, :]^2) + eps) * (1 + weight[d]), fp32 inside, cast once.
 
@@ -86,6 +86,8 @@ def gemma_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Complete the residual stream, then rmsnorm it: (y, r), r = round(x + residual),
     y = rmsnorm(r, weight).
+
+    The norm reads the rounded sum, so that the fused and the unfused form have the same bits.
 
     Shapes  x, residual as rmsnorm's x, alike; weight as there; both returned are new.
     Dtypes  x and residual alike; the sum in fp32, rounded to x.dtype before the norm reads it.

@@ -1,4 +1,9 @@
-"""What each kernel must compute: plain PyTorch, and the CPU backend."""
+"""What each kernel must compute: plain PyTorch, and the CPU backend.
+
+A reference's contract is the docstring of the op of the same name (kernels/<op>.py). Beyond it a
+reference takes float64 too, and accumulates in it, and any strides that PyTorch takes; where it
+checks less, PyTorch raises.
+"""
 
 import functools
 from collections.abc import Callable

@@ -5,16 +5,7 @@ from torch import Tensor
 
 
 def accept(targets: Tensor, matches: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep drafts up to the first that does not match, then the target's own token.
-
-    accepted[b] = number of leading True in matches[b, :num_drafts[b]];
-    emitted[b, j] = targets[b, j] for j <= accepted[b], else -1.
-
-    Shapes  targets [B, K + 1] int64: the token of row j, the draft itself where it matches;
-            matches [B, K] bool; num_drafts [B] int64, -1 on padding sequences, which emit
-            nothing. Returns emitted [B, K + 1] int64 and accepted [B] int64 (0 on padding).
-    Source  Leviathan et al. 2023, arXiv:2211.17192, algorithm 1, for chains of one-hot drafts.
-    """
+    """See eaglerun.kernels.accept.accept."""
     k = matches.shape[1]
     row = torch.arange(k + 1, device=targets.device)
     judged = matches & (row[:k] < num_drafts[:, None])
@@ -33,17 +24,7 @@ def move_on(
     kept_emitted: Tensor,
     kept_accepted: Tensor,
 ) -> None:
-    """What a verify emitted becomes the state of its sequences.
-
-    With n = the number of tokens >= 0 in emitted[b] and s = slots[b]: length[s] += n,
-    num_generated[s] += n, last_token[s] = max(emitted[b, accepted[b]], 0); emitted and accepted
-    are kept for the moves after.
-
-    Shapes  emitted [B, Q], accepted, slots [B] int64; length, last_token, num_generated [S]
-            int64; kept_emitted [>= B, >= Q], kept_accepted [>= B] int64. Sequences that share a
-            slot (padding) emit nothing.
-    Writes  the last five, in place.
-    """
+    """See eaglerun.kernels.accept.move_on."""
     batch, rows = emitted.shape
     count = (emitted >= 0).sum(dim=1)
     length[slots] = length[slots] + count
@@ -54,10 +35,6 @@ def move_on(
 
 
 def window(source: Tensor, slots: Tensor, start: Tensor, count: int) -> Tensor:
-    """``count`` entries of each sequence's row of ``source`` from ``start`` on, the last one again
-    past the end: y[b, j] = source[slots[b], min(start[b] + j, L - 1)].
-
-    Shapes  source [S, L] int64; slots, start [B] int64; returns [B, count] int64.
-    """
+    """See eaglerun.kernels.accept.window."""
     at = start[:, None] + torch.arange(count, device=source.device)
     return source[slots[:, None], at.clamp(max=source.shape[1] - 1)]

@@ -44,17 +44,7 @@ def topk_blocks(
     init_blocks: int,
     local_blocks: int,
 ) -> Tensor:
-    """The blocks a row attends to: forced ones first, then by score, lower block id on a tie.
-
-    Of the nb = positions[n] // block_size + 1 causal blocks, c >= nb - local_blocks are forced
-    with score 1e29 and the other c < init_blocks with 1e30; the topk best are taken.
-
-    Shapes  scores [N, G, C] as block_scores; positions [N]; returns [N, G, topk], ascending
-            block ids packed to the left, -1 in the slots that are left. A kernel may return the
-            same set in another order.
-    Dtypes  returns int32.
-    Source  as block_scores, with the forced blocks of vLLM 0.33.0 (models/minimax_m3/common/ops).
-    """
+    """See eaglerun.kernels.index_topk.topk_blocks."""
     num_blocks = scores.shape[2]
     num_causal, fixed, values = _fixed_scores(
         positions, num_blocks, block_size, init_blocks, local_blocks, scores.dtype

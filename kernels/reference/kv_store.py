@@ -1,9 +1,4 @@
-"""From the rows of the qkv projection to rotated queries and written caches.
-
-A cache is [num_blocks, block_size, G, D] (keys, values) or [num_blocks, block_size, Di] (index
-keys), contiguous; kv_slot = block * block_size + offset; a slot of -1 writes nothing. Caches are of
-qkv's dtype or narrower; fp8 (e4m3fn) holds values at scale 1, saturated at 448.
-"""
+"""From the rows of the qkv projection to rotated queries and written caches."""
 
 import torch
 from torch import Tensor

@@ -35,20 +35,12 @@ def _key(seed: Tensor, position: Tensor, stream: int) -> Tensor:
 
 
 def uniform(seed: Tensor, position: Tensor, stream: int) -> Tensor:
-    """One number in (0, 1) per row: u = (h + 1/2) / 2^52 with h the top 52 bits of the hash.
-
-    Shapes  seed, position [N] int64; returns [N] float64.
-    """
+    """See eaglerun.kernels.noise.uniform."""
     return _shift(_mix(_key(seed, position, stream)), 12).double() * 2.0**-52 + _HALF
 
 
 def gumbel(seed: Tensor, position: Tensor, stream: int, size: int) -> Tensor:
-    """Standard Gumbel noise g = -log(-log u) for each of ``size`` tokens.
-
-    u(n, v) hashes (seed[n], position[n], stream, v); see uniform.
-
-    Shapes  seed, position [N] int64; returns [N, size] float64.
-    """
+    """See eaglerun.kernels.noise.gumbel."""
     token = torch.arange(1, size + 1, device=seed.device, dtype=torch.int64) * _GOLDEN
     bits = _mix(_key(seed, position, stream)[:, None] + token)
     u = _shift(bits, 12).double() * 2.0**-52 + _HALF
@@ -56,9 +48,5 @@ def gumbel(seed: Tensor, position: Tensor, stream: int, size: int) -> Tensor:
 
 
 def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
-    """argmax_v(scores[n, v] + gumbel(seed[n], position[n], stream)[v]), lowest id on a tie.
-
-    Shapes  scores [N, V] fp32 or fp64; seed, position [N] int64; returns [N] int64.
-    Source  Gumbel-max: Maddison et al. 2014, arXiv:1411.0030, section 2.
-    """
+    """See eaglerun.kernels.noise.gumbel_argmax."""
     return torch.argmax(scores + gumbel(seed, position, stream, scores.shape[1]), dim=-1)

@@ -7,43 +7,20 @@ from eaglerun.kernels.reference import cast, wide
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm with a plain weight.
-
-    y[n, d] = x[n, d] * rsqrt(mean_d(x[n, :]^2) + eps) * weight[d], cast once at the end.
-
-    Shapes  x [..., D], last dim contiguous; weight [D], or [G, D] with a row for each of x's
-            [..., G, D]; returns x's shape. No rows at all are allowed.
-    Dtypes  x bf16, fp16, fp32 or fp64; weight the same or fp32; fp32 inside (fp64 for fp64).
-    Raises  ValueError when weight is not the last one or two dims of x.
-    Source  Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
-    """
+    """See eaglerun.kernels.rmsnorm.rmsnorm."""
     _check("rmsnorm", x, weight)
     return cast(_unit_rms(x, eps) * wide(weight), x.dtype)
 
 
 def gemma_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm whose weight is an offset from one: a zero weight is the identity scale.
-
-    y[n, d] = x[n, d] * rsqrt(mean_d(x[n, :]^2) + eps) * (1 + weight[d]), cast once at the end.
-
-    Shapes, Dtypes, Raises  as rmsnorm.
-    Source  MiniMaxM3VLRMSNorm (transformers 5.23, models/minimax_m3_vl).
-    """
+    """See eaglerun.kernels.rmsnorm.gemma_rmsnorm."""
     _check("gemma_rmsnorm", x, weight)
     unit = _unit_rms(x, eps)
     return cast(torch.addcmul(unit, unit, wide(weight)), x.dtype)
 
 
 def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Complete the residual stream, then rmsnorm it.
-
-    r = round(x + residual); y = rmsnorm(r, weight): the norm reads the rounded sum, so that the
-    fused and the unfused form have the same bits.
-
-    Shapes  x, residual [..., D]; weight [D]; returns (y, r), both new.
-    Dtypes  x and residual alike; the sum in fp32 (fp64 for fp64), rounded to x.dtype.
-    Raises  ValueError when x and residual differ in shape or weight is not [D].
-    """
+    """See eaglerun.kernels.rmsnorm.add_rmsnorm."""
     total = _completed("add_rmsnorm", x, residual)
     return rmsnorm(total, weight, eps), total
 
@@ -51,7 +28,7 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
 def add_gemma_rmsnorm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Complete the residual stream, then gemma_rmsnorm it: add_rmsnorm in the target's form."""
+    """See eaglerun.kernels.rmsnorm.add_gemma_rmsnorm."""
     total = _completed("add_gemma_rmsnorm", x, residual)
     return gemma_rmsnorm(total, weight, eps), total
 

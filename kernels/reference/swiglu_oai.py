@@ -7,16 +7,7 @@ from eaglerun.kernels.reference import cast, wide
 
 
 def swiglu_oai(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tensor:
-    """SwiGLU with a clamp and an offset, over a row of [gate | up].
-
-    g = min(gate, limit) (no lower clamp); u = clamp(up, -limit, limit)
-    y = (u + beta) * g * sigmoid(alpha * g), cast once at the end.
-
-    Shapes  gate_up [N, 2 * I], last dim contiguous, gate first; returns [N, I] contiguous.
-    Dtypes  fp32 inside (fp64 for fp64), one cast to gate_up.dtype.
-    Raises  ValueError on an odd last dim.
-    Source  MiniMaxM3VLDenseMLP (transformers 5.23, models/minimax_m3_vl); GPT-OSS with halves.
-    """
+    """See eaglerun.kernels.swiglu_oai.swiglu_oai."""
     gate, up = _halves("swiglu_oai", gate_up)
     gate = gate.clamp(max=limit)
     up = up.clamp(-limit, limit)
@@ -24,10 +15,7 @@ def swiglu_oai(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tens
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """y = gate * sigmoid(gate) * up over a row of [gate | up]; shapes, dtypes as swiglu_oai.
-
-    Source  Shazeer 2020, arXiv:2002.05202, eq. 5, with beta = 1.
-    """
+    """See eaglerun.kernels.swiglu_oai.swiglu."""
     gate, up = _halves("swiglu", gate_up)
     return cast(gate * torch.sigmoid(gate) * up, gate_up.dtype)
 

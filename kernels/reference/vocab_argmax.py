@@ -5,8 +5,5 @@ from torch import Tensor
 
 
 def vocab_argmax(logits: Tensor) -> Tensor:
-    """Id of the largest logit of each row; the lowest id among equals.
-
-    Shapes  logits [N, V]; returns [N] int64.
-    """
+    """See eaglerun.kernels.vocab_argmax.vocab_argmax."""
     return torch.argmax(logits, dim=-1)

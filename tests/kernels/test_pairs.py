@@ -26,6 +26,7 @@ def test_twins(name):
         assert op.reference is getattr(references, key)
         assert inspect.signature(op.kernel) == inspect.signature(op.reference)
         assert "Shapes" in op.__doc__ or "as " in op.__doc__, f"{key} states no contract"
+        assert op.reference.__doc__ == f"See {kernels.__name__}.{key}.", "a contract stands once"
     assert (Path(__file__).parent / f"test_{name}.py").exists()
 
 
