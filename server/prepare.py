@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -105,9 +106,11 @@ class Source:
             self._control.send(KILL + str(worker.pid).encode())
 
     def watch(self) -> asyncio.Future[None]:
-        """Done when the process ends of itself, which it does only in error."""
+        """Done when the process ends of itself, in error (seen on Linux)."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
+        if sys.platform != "linux":
+            return ended
         file = os.pidfd_open(self.pid)
 
         def on_end() -> None:
@@ -186,7 +189,7 @@ class Preparation:
     """Jobs for the workers, as many and as large as may wait."""
 
     def __init__(self, source: Source, limits: Limits) -> None:
-        cores = len(os.sched_getaffinity(0))
+        cores = os.cpu_count() or 1
         self._limits = limits
         self._short = Lane(source, max(1, min(4, cores // 2)), limits)
         self._long = Lane(source, max(1, min(2, cores // 4)), limits)

@@ -150,6 +150,40 @@ def test_bodies_have_a_time():
     asyncio.run(run())
 
 
+def test_bodies_have_a_size_together():
+    """While one arrives there is no room for another; once it is done there is."""
+    app = make_app(limits=Limits(max_held_bytes=1000))
+    body = json.dumps({"prompt": "x" * 600}).encode()
+
+    async def run() -> list[int]:
+        arrived, rest, sent = asyncio.Event(), asyncio.Event(), []
+        parts = [body[:500], body[500:]]
+
+        async def receive():
+            if len(parts) < 2:
+                await rest.wait()
+            if not parts:
+                await asyncio.Event().wait()
+            arrived.set()
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/tokenize", "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "root_path": ""}
+        slow = asyncio.create_task(app(scope, receive, send))
+        await arrived.wait()
+        found = [(await call(app, "POST", "/tokenize", None, chunks=[body])).status]
+        rest.set()
+        await slow
+        found.append(sent[0]["status"])
+        found.append((await call(app, "POST", "/tokenize", None, chunks=[body])).status)
+        return found
+
+    assert asyncio.run(run()) == [503, 200, 200]
+
+
 def test_headers_have_a_size():
     app = make_app(limits=Limits(max_header_bytes=1000))
     reply = get(app, "/health", headers={"x-long": "x" * 1000})
