@@ -52,11 +52,12 @@ def length_of(head: bytes | bytearray) -> int:
 
 def read_frame(link: socket.socket) -> bytearray | None:
     """The next frame's content; None at the other end's end. For a socket that blocks."""
-    head = _read_exactly(link, LENGTH_BYTES)
-    return None if head is None else _read_exactly(link, length_of(head))
+    head = read_exactly(link, LENGTH_BYTES)
+    return None if head is None else read_exactly(link, length_of(head))
 
 
-def _read_exactly(link: socket.socket, size: int) -> bytearray | None:
+def read_exactly(link: socket.socket, size: int) -> bytearray | None:
+    """So many bytes; None at the other end's end. For a socket that blocks."""
     content = bytearray(size)
     view, at = memoryview(content), 0
     while at < size:

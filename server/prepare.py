@@ -18,12 +18,11 @@ from eaglerun.errors import CheckpointError, EngineError
 from eaglerun.server import prepare_jobs as jobs
 from eaglerun.server.chat import Chat
 from eaglerun.server.failures import BROKEN, ApiError, overloaded
-from eaglerun.server.link import LENGTH_BYTES, frame
+from eaglerun.server.link import LENGTH_BYTES, frame, length_of
 from eaglerun.server.prepare_process import (
     KILL,
     LOAD_S,
     LOADED,
-    MAX_CONTROL_BYTES,
     SPAWN,
     run_source,
     too_costly,
@@ -54,7 +53,7 @@ class Source:
 
     @classmethod
     def fork(cls) -> "Source":
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair()
         pid = os.fork()
         if not pid:
             ours.close()
@@ -65,7 +64,7 @@ class Source:
 
     async def load(self, load: jobs.Load) -> None:
         """CheckpointError where the checkpoint cannot be prepared for."""
-        self._control.send(jobs.encode_load(load))
+        self._control.sendall(frame(jobs.encode_load(load)))
         try:
             async with asyncio.timeout(LOAD_S + GRACE_S):
                 answer = await self._receive()
@@ -89,7 +88,7 @@ class Source:
 
     async def _ask(self, file: int) -> int:
         try:
-            socket.send_fds(self._control, [SPAWN], [file])
+            socket.send_fds(self._control, [frame(SPAWN)], [file])
         except OSError:
             raise EngineError(DIED) from None
         answer = await self._receive()
@@ -98,12 +97,23 @@ class Source:
         return int(answer)
 
     async def _receive(self) -> bytes:
-        return await asyncio.get_running_loop().sock_recv(self._control, MAX_CONTROL_BYTES)
+        """The next answer; b"" at the process's end."""
+        head = await self._read(LENGTH_BYTES)
+        return await self._read(length_of(head)) if head else b""
+
+    async def _read(self, size: int) -> bytes:
+        found = b""
+        while len(found) < size:
+            got = await asyncio.get_running_loop().sock_recv(self._control, size - len(found))
+            if not got:
+                return b""
+            found += got
+        return found
 
     def kill(self, worker: "Worker") -> None:
         worker.writer.transport.abort()
         with suppress(OSError):
-            self._control.send(KILL + str(worker.pid).encode())
+            self._control.sendall(frame(KILL + str(worker.pid).encode()))
 
     def watch(self) -> asyncio.Future[None]:
         """Done when the process ends of itself, in error (seen on Linux)."""

@@ -111,5 +111,5 @@ def encode_load(load: Load) -> bytes:
     return msgspec.json.encode(load)
 
 
-def decode_load(content: bytes) -> Load:
+def decode_load(content: bytes | bytearray) -> Load:
     return msgspec.json.decode(content, type=Load)

@@ -41,7 +41,7 @@ from eaglerun.server.generate import (
     tokenize,
 )
 from eaglerun.server.hosts import AllowedHosts
-from eaglerun.server.link import frame, read_frame
+from eaglerun.server.link import LENGTH_BYTES, frame, length_of, read_exactly, read_frame
 from eaglerun.server.prepared import Prompt, Reduced
 from eaglerun.server.protocol import (
     ChatCompletionRequest,
@@ -59,7 +59,7 @@ _T = TypeVar("_T")
 
 LOADED = b"loaded"
 SPAWN, KILL = b"spawn", b"kill "
-MAX_CONTROL_BYTES = 1 << 17
+MAX_REASON_BYTES = 1 << 17
 # A tokenizer takes seconds at most; a template's constants may take for ever.
 LOAD_S = 60.0
 # A worker that has taken so much more memory than at its start ends after its job.
@@ -98,23 +98,25 @@ def run_source(control: socket.socket) -> NoReturn:
 
 
 def _serve_control(control: socket.socket) -> None:
-    load = control.recv(MAX_CONTROL_BYTES)
-    if not load:
+    load = read_frame(control)
+    if load is None:
         return
     try:
         preparer = _load(jobs.decode_load(load))
     except CheckpointError as error:
-        control.send(str(error).encode()[:MAX_CONTROL_BYTES])
+        control.sendall(frame(str(error).encode()[:MAX_REASON_BYTES]))
         return
     gc.collect()
     gc.freeze()
-    control.send(LOADED)
+    control.sendall(frame(LOADED))
     while True:
-        message, files, _, _ = socket.recv_fds(control, MAX_CONTROL_BYTES, 1)
-        if not message:
+        # A file comes with a frame's first bytes.
+        head, files, _, _ = socket.recv_fds(control, LENGTH_BYTES, 1)
+        message = read_exactly(control, length_of(head)) if len(head) == LENGTH_BYTES else None
+        if message is None:
             return
         if message == SPAWN:
-            control.send(str(_spawn(control, files[0], preparer)).encode())
+            control.sendall(frame(str(_spawn(control, files[0], preparer)).encode()))
         elif message.startswith(KILL):
             pid = int(message.removeprefix(KILL))
             os.kill(pid, signal.SIGKILL)
