@@ -117,6 +117,11 @@ class ModelConfig(Checked):
     device: str = option(
         "auto", "where to run; auto: the GPU if there is one", choices=("auto", "cpu", "cuda")
     )
+    cpu_threads: int | None = option(
+        None,
+        "threads that compute on the CPU; none: one for each 64 MiB of weights, at most the cores",
+        low=1,
+    )
     max_model_len: int | None = option(
         None,
         "longest prompt + output in tokens; none: the checkpoint's, or what the KV memory holds",

@@ -25,6 +25,7 @@ from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.spec import DraftSpec, TargetSpec, check_block_size, read_checkpoint_config
 from eaglerun.text import read_tokenizer
+from eaglerun.threads import use_threads
 
 DEMO = Path(next(iter(configs.__path__))) / "demo"
 
@@ -97,6 +98,8 @@ def load_models(config: Config, progress: bool | None = False) -> Models:
     draft = None
     if found.draft is not None:
         draft = Eagle3Llama(found.draft, device=device, dtype=dtype, max_positions=limit)
+    if device.type == "cpu":
+        use_threads(config.model.cpu_threads, [m for m in (target, draft) if m is not None])
     if config.model.load_format == "dummy":
         fill_dummy(target, config.model.seed)
         if draft is not None:

@@ -17,7 +17,7 @@ LAYERS = [
     "models",
     "sampling speculative batch graphs pending",
     "runner memory",
-    "loader engine llm",
+    "loader engine llm threads",
     "bench server",
     "__main__",
 ]
