@@ -5,17 +5,19 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from served import get, serving, write_checkpoint
+from served import LIMIT_S, get, serving, write_checkpoint
 
 from eaglerun.errors import ConfigError, EaglerunError, EngineError
 from eaglerun.messages import Finished, SpeculationStats, Tokens
@@ -345,9 +347,11 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_
         assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-# A real terminal. The first that a session opens becomes its own, so that Ctrl-C reaches it.
+# A real terminal. The first that a session opens is its own, so that Ctrl-C reaches it. A suite in
+# the background has Ctrl-C ignored, which its children would inherit.
 BECOME = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 terminal = os.open(sys.argv[1], os.O_RDWR)
 for number in range(3):
     os.dup2(terminal, number)
@@ -367,7 +371,11 @@ def terminal(*argv: str, **environ: str) -> Iterator[tuple[Callable[[str], str],
 
     def until(words: str) -> str:
         nonlocal seen
+        end_s = time.monotonic() + LIMIT_S
         while words not in seen:
+            left_s = end_s - time.monotonic()
+            ready = left_s > 0 and select.select([master], [], [], left_s)[0]
+            assert ready, f"no {words!r} in {seen[-2000:]!r}"
             try:
                 data = os.read(master, 1 << 16)
             except OSError:
