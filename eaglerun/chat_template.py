@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eaglerun.errors import CheckpointError, RequestError
 
-# What a template may raise over a conversation it was not written for.
+# Errors that a template may raise over a conversation it was not written for.
 _ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -68,7 +68,7 @@ class Exhausted(jinja2.TemplateError):
 
 
 class _Budget(threading.local):
-    """What is left for the rendering that this thread does."""
+    """Time and characters left for the rendering that this thread does."""
 
     deadline = 0.0
     chars = 0
@@ -233,7 +233,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class TemplateSource:
-    """What a checkpoint's directory says of its template: the arguments of ChatTemplate."""
+    """A checkpoint's template as its files give it: the arguments of ChatTemplate."""
 
     source: str
     special_tokens: dict[str, str]

@@ -15,7 +15,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 MAX_SIZE = 1 << 28
 # The largest JSON file of a checkpoint: an index of a million tensors is smaller.
 MAX_JSON_BYTES = 256 << 20
-# What is rotated of a head is a part of it; the exact bound stands where the head's size is known.
+# At most the whole head is rotated; the exact bound stands where the head's size is known.
 MAX_ROTARY_FACTOR = 1024
 # How much of a value a message shows.
 MAX_SHOWN = 200

@@ -539,8 +539,8 @@ def magnitudes(hidden: Tensor) -> Tensor:
 
 
 def not_finite(values: Tensor) -> Tensor:
-    """Whether each value is NaN or Inf: x - x is 0 for any other. Two launches on a GPU, where
-    isfinite() takes four."""
+    """True for each value that is NaN or Inf, for x - x is 0 for any other. It takes two launches
+    on a GPU, where isfinite() takes four."""
     return (values - values) != 0
 
 

@@ -432,7 +432,7 @@ def merge(part: Tensor, lse: Tensor, out: Tensor, rows: Rows, chunk: int, width:
 
 
 def row_output(q: Tensor, rows: Rows) -> Tensor:
-    """Where the attention of q goes; the rows of no sequence are zero already."""
+    """Allocate the output of the attention of q; the rows of no sequence are zero already."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if rows.cu_seqlens is not None:
         out[sum(rows.q_lens) :].zero_()

@@ -209,7 +209,7 @@ def _checkpoint_files(path: Path) -> dict[Path, frozenset[str]]:
 
 
 def _stays_inside(file: str) -> bool:
-    """Whether a name in an index leads to a file below the checkpoint's directory."""
+    """True if a name in an index leads to a file below the checkpoint's directory."""
     path = PurePosixPath(file)
     plain = file.isprintable() and bool(file) and not path.is_absolute()
     return plain and ".." not in path.parts

@@ -47,7 +47,7 @@ class Verified:
 
 
 class Drafts(NamedTuple):
-    """What is to be judged: up to K drafts of B sequences.
+    """The drafts to be judged: up to K of B sequences.
 
     tokens      [B, K] int64
     num_drafts  [B] int64, how many of them are drafts; -1 on padding sequences

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from eaglerun.server.parsers.output import OutputParser
-from eaglerun.server.parsers.parts import CallArguments, CallStart
+from eaglerun.server.parsers.parts import CallArguments, CallStart, Content, Reasoning
 
 NS = "]<]minimax[>["
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
@@ -70,7 +70,7 @@ def read(pieces: list[str], schema: Any) -> list[Any]:
     parts = [part for piece in pieces for part in parser.feed(piece)] + parser.finish()
     texts: list[str] = []
     for part in parts:
-        assert isinstance(part, CallStart | CallArguments) or not hasattr(part, "text"), part
+        assert not isinstance(part, Content | Reasoning), part
         if isinstance(part, CallStart):
             texts.append("")
         elif isinstance(part, CallArguments):
