@@ -50,6 +50,7 @@ from eaglerun.server.http_limits import (  # noqa: E402
 )
 from eaglerun.server.link import UNDECODABLE, BadFrame, Frames, frame  # noqa: E402
 from eaglerun.server.parsers.output import OutputParser  # noqa: E402
+from eaglerun.server.parsers.reasoning import Start  # noqa: E402
 from eaglerun.server.prepare_jobs import Answered, Body, Load, Refusal  # noqa: E402
 from eaglerun.server.prepare_process import MODELS, Preparer  # noqa: E402
 from eaglerun.server.settings import Limits, Settings  # noqa: E402
@@ -265,8 +266,8 @@ class Output(Target):
     def __call__(self, data: bytes) -> None:
         size = data[0] % 32 + 1 if data else 1
         text = data[1:].decode(errors="replace")
-        for starts_in_reasoning in (False, True):
-            parser = OutputParser(starts_in_reasoning=starts_in_reasoning, tools=TOOLS)
+        for start in Start:
+            parser = OutputParser(start=start, tools=TOOLS)
             for begin in range(0, len(text), size):
                 parser.feed(text[begin : begin + size])
             parser.finish()
