@@ -11,7 +11,7 @@ from eaglerun.kernels import Op, paired, reference_kernels
 from eaglerun.kernels.rmsnorm import rmsnorm
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
-PLUMBING = {"__init__", "language", "launch", "rows"}
+PLUMBING = {"__init__", "compiling", "language", "launch", "rows"}
 NAMES = sorted({p.stem for p in FOLDER.glob("*.py")} - PLUMBING)
 
 
