@@ -338,7 +338,7 @@ def _store(
 
 
 def _are_norms(norms: HeadNorms, dim: int, index_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the weights fit heads of ``dim``, and index heads unless ``index_dim`` is 0."""
+    """True if the weights fit heads of ``dim``, and index heads unless ``index_dim`` is 0."""
     return all(
         w is not None
         and w.shape == (size,)

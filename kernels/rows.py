@@ -41,7 +41,7 @@ class Rows(NamedTuple):
         return self.positions.shape[0] // max(self.block_tables.shape[0], 1)
 
     def misfit(self) -> bool:
-        """Whether the form contradicts itself: uniform rows that are no multiple of the sequences,
+        """True if the form contradicts itself: uniform rows that are no multiple of the sequences,
         or ragged ones whose sums are not of those sequences."""
         num_sequences = self.block_tables.shape[0]
         if self.cu_seqlens is None:
@@ -115,7 +115,7 @@ class Experts(NamedTuple):
 
 
 class Newest(NamedTuple):
-    """What drafting starts from, for each of B sequences.
+    """The start of drafting, for each of B sequences.
 
     tokens     [B] int64, the newest token
     positions  [B] int64, where it stands
@@ -127,5 +127,5 @@ class Newest(NamedTuple):
     hidden: Tensor
 
 
-# What an error about one of them tells part by part.
+# Tuples that an error message tells part by part.
 WORDS = (Rows, LayerKV, HeadNorms, Routing, Experts)

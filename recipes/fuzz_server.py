@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 if "--atheris" in sys.argv:
     import atheris
 
-    # What is imported here is watched; the imports below find it.
+    # The fuzzer watches what is imported here; the imports below find it.
     with atheris.instrument_imports(include=["eaglerun", "uvicorn"]):
         for name in ("server.http_limits", "server.prepare_process", "models.loading", "spec"):
             importlib.import_module(f"eaglerun.{name}")

@@ -1,4 +1,4 @@
-"""From the rows of the qkv projection to rotated queries and written caches."""
+"""Rotated queries and written caches, from the rows of the qkv projection."""
 
 import torch
 from torch import Tensor
