@@ -385,9 +385,9 @@ def admission(size: Size) -> Found:
             found.append((await http.ask("/v1/chat/completions", HI | {"priority": -9})).status)
 
         drive(url, load)
-    words = "refused" if found[0] == 503 else "taken"
+    words = "refused" if found[0] == 400 else "taken"
     figure = f"1,024 answers {words}; priority: {found[1]}"
-    return Found(figure, found == [503, 400])
+    return Found(figure, found == [400, 400])
 
 
 def caches(size: Size) -> Found:

@@ -72,8 +72,12 @@ class EngineClient(Protocol):
         """
         ...
 
-    def check_room(self) -> None:
-        """CapacityError where any request would be refused now for want of room."""
+    def check_room(self, answers: int = 1, tokens: int = 1) -> None:
+        """Ask whether so many answers, to prompts of so many tokens in all, may wait now.
+
+        Raises  CapacityError when the queue has no room for them, RequestError for several
+                that would fill more than the whole queue.
+        """
         ...
 
     def status(self) -> EngineStatus: ...

@@ -283,9 +283,17 @@ class ProcessClient:
             raise RequestError("request_id", f"{request.request_id!r} is already running")
         self._check_room(request.sampling.n, len(request.prompt_ids))
 
-    def check_room(self) -> None:
+    def check_room(self, answers: int = 1, tokens: int = 1) -> None:
         """See EngineClient."""
-        self._check_room(1, 1)
+        for what, number, limit in (
+            ("answers", answers, self._limits.max_answers),
+            ("tokens of prompts", tokens, self._limits.max_tokens),
+        ):
+            if number > limit:
+                self._metrics.refused["invalid"] += 1
+                message = f"asks for {number} {what} at once: at most {limit} may wait"
+                raise RequestError("prompt", message)
+        self._check_room(answers, tokens)
 
     def _check_room(self, answers: int, tokens: int) -> None:
         """CapacityError unless so many may wait too."""

@@ -140,15 +140,22 @@ class Answer(Response):
     async def _submit(self) -> Events:
         if len(self.requests) == 1:
             return await self._client.submit(self.requests[0])
-        opened: list[Events] = []
+        # All or none: a part that was taken and aborted would keep others out meanwhile.
+        self._client.check_room(
+            sum(request.sampling.n for request in self.requests),
+            sum(len(request.prompt_ids) for request in self.requests),
+        )
+        tasks = [asyncio.create_task(self._client.submit(request)) for request in self.requests]
         try:
-            for request in self.requests:
-                opened.append(await self._client.submit(request))
+            await asyncio.gather(*tasks)
         except BaseException:
-            for events in opened:
-                await events.aclose()
+            for task in tasks:
+                task.cancel()
+            for end in await asyncio.gather(*tasks, return_exceptions=True):
+                if not isinstance(end, BaseException):
+                    await end.aclose()
             raise
-        return Merged(opened)
+        return Merged([task.result() for task in tasks])
 
 
 class _Reply:

@@ -127,7 +127,7 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
-    def check_room(self) -> None:
+    def check_room(self, answers: int = 1, tokens: int = 1) -> None:
         if self.is_full:
             raise CapacityError("the queue is full")
 
@@ -180,8 +180,8 @@ class Stage:
     async def submit(self, request: Request) -> "FakeEvents":
         return await self._engine.submit(request)
 
-    def check_room(self) -> None:
-        self._engine.check_room()
+    def check_room(self, answers: int = 1, tokens: int = 1) -> None:
+        self._engine.check_room(answers, tokens)
 
     def status(self) -> EngineStatus:
         return self._engine.status()

@@ -213,6 +213,35 @@ def test_a_full_queue_answers_at_once(checkpoint: Path):
         drive(url, load)
 
 
+def test_several_prompts_wait_together_or_not_at_all(checkpoint: Path):
+    """Nothing of a refused request is taken and aborted, which would keep others out meanwhile."""
+
+    async def ask(http: Http, prompts: int, n: int) -> Reply:
+        body = {"prompt": [[1]] * prompts, "n": n, "max_tokens": 1}
+        return await http.ask("/v1/completions", body)
+
+    async def load(http: Http) -> None:
+        await complete(http, ENDLESS, True)
+        impossible = await ask(http, 5, 2)
+        error = (await impossible.json())["error"]
+        assert impossible.status == 400 and error["param"] == "prompt"
+        assert "10 answers" in error["message"] and "at most 8 may wait" in error["message"]
+        asked = [asyncio.create_task(complete(http, 1)) for _ in range(4)]
+        await until(http, lambda text: metric(text, "eaglerun:num_requests_waiting") == 4)
+        assert (await ask(http, 3, 2)).status == 503
+        text = await metrics(http)
+        assert metric(text, "eaglerun:num_requests_waiting") == 4
+        assert 'finished_reason="abort"' not in text
+        asked.append(asyncio.create_task(ask(http, 2, 2)))
+        await until(http, lambda text: metric(text, "eaglerun:num_requests_waiting") == 8)
+        for task in asked:
+            task.cancel()
+
+    flags = ("--max-queued-requests", "8")
+    with serving(checkpoint, *flags, engine="--max-num-seqs 1 --pause-ms 5") as (_, url):
+        drive(url, load)
+
+
 def test_waiting_too_long_is_a_503(checkpoint: Path):
     async def load(http: Http) -> None:
         await complete(http, ENDLESS)
