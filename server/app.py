@@ -1,6 +1,6 @@
 """The routes. create_app() builds everything from what it is given; nothing here is global."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from fastapi.routing import APIRouter
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
 
 from eaglerun.server import answers
 from eaglerun.server.auth import Guard
@@ -60,7 +60,11 @@ def create_app(
         yield
         chat.close()
 
-    middleware = [Middleware(Guard, settings=settings)]
+    backend = Backend(client, settings, chat)
+    generation = _generation(backend)
+    # Refused at the door, a request to a full server costs least.
+    paths = frozenset(route.path for route in generation.routes if isinstance(route, Route))
+    middleware = [Middleware(Guard, settings, check_room=client.check_room, queued_paths=paths)]
     if settings.cors_origins:
         # Outside the guard: a browser asks for permission without the key.
         middleware.insert(
@@ -86,15 +90,14 @@ def create_app(
         redirect_slashes=False,
     )
     install_handlers(app)
-    backend = Backend(client, settings, chat)
-    for router in (_generation(backend), _text(backend), _models(backend), _health(backend)):
+    for router in (generation, _text(backend), _models(backend), _health(backend)):
         app.include_router(router)
     app.router.routes.extend(extra_routes)
     return app
 
 
-def _router(backend: Backend, check_room: Callable[[], None] | None = None) -> APIRouter:
-    return APIRouter(route_class=json_route(backend.chat, check_room), responses=ERRORS)
+def _router(backend: Backend) -> APIRouter:
+    return APIRouter(route_class=json_route(backend.chat), responses=ERRORS)
 
 
 def _answer(model: type) -> Responses:
@@ -106,7 +109,7 @@ def _answer(model: type) -> Responses:
 
 
 def _generation(backend: Backend) -> APIRouter:
-    router = _router(backend, backend.client.check_room)
+    router = _router(backend)
 
     @router.post("/v1/chat/completions", responses=_answer(answers.ChatCompletion))
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:

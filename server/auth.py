@@ -15,10 +15,12 @@ from hashlib import sha256
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eaglerun.errors import CapacityError
 from eaglerun.server.bodies import HELD, LIMITS
 from eaglerun.server.failures import (
     REQUEST_ID,
     ApiError,
+    as_api_error,
     error_response,
     new_id,
     overloaded,
@@ -41,14 +43,23 @@ class Guard:
     """Refuses before anything is parsed; what passes carries its request id in the scope.
 
     The id is the client's X-Request-Id where that is a plain word, else a new one; the answer's
-    header repeats it.
+    header repeats it. A POST to one of ``queued_paths`` is refused where ``check_room`` raises
+    CapacityError.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, clock: Callable[[], float] = time.monotonic
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        check_room: Callable[[], None],
+        queued_paths: frozenset[str],
     ) -> None:
         self._app = app
         self._settings = settings
+        self._check_room = check_room
+        self._queued_paths = queued_paths
         self._keys = tuple(_digest(key) for key in settings.api_keys)
         self._priority_keys = frozenset(_digest(key) for key in settings.priority_keys)
         self._all_prioritise = "all" in settings.priority_keys
@@ -77,8 +88,8 @@ class Guard:
 
         try:
             self._check(scope, headers)
-        except ApiError as error:
-            await error_response(error, id_)(scope, receive, send_with_id)
+        except (ApiError, CapacityError) as error:
+            await error_response(as_api_error(error, {}), id_)(scope, receive, send_with_id)
             return
         body = scope[HELD] = LimitedBody(receive, self._settings.limits, self._held)
         try:
@@ -113,6 +124,8 @@ class Guard:
         length = headers.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > limits.max_body_bytes:
             raise _too_large(limits)
+        if scope["method"] == "POST" and scope["path"] in self._queued_paths:
+            self._check_room()
 
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, bytes | None]:
         """Who asks: an address, and the digest of a valid key where one is wanted. ApiError without

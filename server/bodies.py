@@ -132,9 +132,8 @@ class ReducedRequest(JsonRequest):
         return self.reduced
 
 
-def json_route(chat: Chat, check_room: Callable[[], None] | None = None) -> type[APIRoute]:
-    """Routes whose bodies are JSON. A client that goes away ends the work on its request; what
-    ``check_room`` refuses is refused before anything of it is read."""
+def json_route(chat: Chat) -> type[APIRoute]:
+    """Routes whose bodies are JSON. A client that goes away ends the work on its request."""
 
     class JsonRoute(APIRoute):
         """HEAD is answered where GET is."""
@@ -158,8 +157,6 @@ def json_route(chat: Chat, check_room: Callable[[], None] | None = None) -> type
             handle = super().get_route_handler()
 
             async def handle_json(request: Request) -> Response:
-                if check_room is not None:
-                    check_room()
                 json_request = JsonRequest(request.scope, request.receive)
                 with suppress(ClientDisconnect):
                     try:

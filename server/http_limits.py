@@ -10,6 +10,7 @@ import logging
 import resource
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 
@@ -76,6 +77,7 @@ def allow_files(max_connections: int | None) -> int:
     return max_connections
 
 
+@lru_cache(maxsize=1024)
 def network_of(address: str) -> str:
     """The part of an address that one client has to itself: of IPv6 the first 64 bits."""
     try:
