@@ -177,7 +177,7 @@ def test_word_problems_end_where_the_model_ends(tmp_path: Path, monkeypatch: pyt
     assert cli.main(["bench", *flags, "--log-stats-every=0", f"--out={tmp_path}"]) == 0
     plain, draft = json.loads((tmp_path / "throughput.json").read_text())["rows"]
     assert plain["output_tokens"] == draft["output_tokens"] < 400
-    assert draft["mean_acceptance_length"] > 2.5  # past its end the demo's draft guesses badly
+    assert draft["mean_acceptance_length"] > 3.5  # past its end the demo's draft guesses badly
 
 
 def test_without_a_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
