@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from eaglerun.blocks import BlockPool
-from eaglerun.budget import KVBudget, MemoryUse, format_use, graph_outputs, size_kv
+from eaglerun.checkpoint.budget import KVBudget, MemoryUse, format_use, graph_outputs, size_kv
 from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import ConfigError, RequestError
 from eaglerun.kernels.compiling import watching_compiler

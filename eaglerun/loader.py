@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from eaglerun import configs
-from eaglerun.budget import (
+from eaglerun.checkpoint.budget import (
     KVBudget,
     draft_components,
     kv_budget,
@@ -16,6 +16,9 @@ from eaglerun.budget import (
     size_kv,
     target_components,
 )
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.fields import read_checkpoint_config
+from eaglerun.checkpoint.target import TargetSpec, check_block_size
 from eaglerun.config import Config
 from eaglerun.errors import CapacityError, ConfigError
 from eaglerun.kernels.launch import TABLE, can_be_invariant, has_kernels
@@ -23,7 +26,6 @@ from eaglerun.memory import CudaMemory, DeviceMemory, before_loading
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.spec import DraftSpec, TargetSpec, check_block_size, read_checkpoint_config
 from eaglerun.text import read_tokenizer
 from eaglerun.threads import use_threads
 

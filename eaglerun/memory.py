@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from eaglerun.budget import MemoryUse, refusal
+from eaglerun.checkpoint.budget import MemoryUse, refusal
 from eaglerun.errors import CapacityError
 from eaglerun.messages import MAX_LOGPROBS, SamplingParams
 from eaglerun.models.eagle3_llama import Eagle3Llama

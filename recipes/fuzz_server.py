@@ -34,9 +34,12 @@ import uvicorn  # noqa: E402
 from served import write_checkpoint  # noqa: E402
 from uvicorn.server import ServerState  # noqa: E402
 
+from eaglerun.checkpoint.draft import DraftSpec  # noqa: E402
+from eaglerun.checkpoint.fields import read_checkpoint_config  # noqa: E402
+from eaglerun.checkpoint.target import TargetSpec  # noqa: E402
+from eaglerun.checkpoint.weights import draft_names  # noqa: E402
 from eaglerun.errors import CheckpointError, ConfigError  # noqa: E402
 from eaglerun.loader import DEMO  # noqa: E402
-from eaglerun.models.checkpoint_names import draft_names  # noqa: E402
 from eaglerun.models.loading import _checkpoint_files, _plan  # noqa: E402
 from eaglerun.server import wire  # noqa: E402
 from eaglerun.server.bodies import count_nodes, is_nested  # noqa: E402
@@ -54,7 +57,6 @@ from eaglerun.server.parsers.reasoning import Start  # noqa: E402
 from eaglerun.server.prepare_jobs import Answered, Body, Load, Refusal  # noqa: E402
 from eaglerun.server.prepare_process import MODELS, Preparer  # noqa: E402
 from eaglerun.server.settings import Limits, Settings  # noqa: E402
-from eaglerun.spec import DraftSpec, TargetSpec, read_checkpoint_config  # noqa: E402
 
 DIRECTORY = Path(tempfile.mkdtemp(prefix="eaglerun-fuzz-"))
 PATHS = list(MODELS)

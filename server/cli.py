@@ -124,7 +124,7 @@ def _measure(config: Config, flags: argparse.Namespace) -> int:
 
 def _check_config(config: Config) -> int:
     # See _add_measuring.
-    from eaglerun.budget import format_budget
+    from eaglerun.checkpoint.budget import format_budget
     from eaglerun.loader import choose_device, choose_dtype, kv_budget_of, read_checkpoints
 
     print(config.to_toml())

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.loader import Models
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.spec import DraftSpec, TargetSpec
 
 CPU = torch.device("cpu")
 

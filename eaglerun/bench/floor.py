@@ -9,8 +9,9 @@ sequence are taken to select the same blocks, so that what they select apart com
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from eaglerun.budget import KVBudget, draft_components, target_components
-from eaglerun.spec import DraftSpec, TargetSpec
+from eaglerun.checkpoint.budget import KVBudget, draft_components, target_components
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.target import TargetSpec
 
 
 @dataclass(frozen=True, slots=True)

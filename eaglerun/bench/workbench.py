@@ -12,7 +12,7 @@ import torch
 from eaglerun.bench.drive import random_prompts
 from eaglerun.bench.floor import StepBytes, arithmetic_s, step_bytes, step_products
 from eaglerun.bench.table import say
-from eaglerun.budget import KVBudget
+from eaglerun.checkpoint.budget import KVBudget
 from eaglerun.config import Config
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError

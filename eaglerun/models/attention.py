@@ -6,8 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.kernels.rows import LayerKV
-from eaglerun.spec import DraftSpec, TargetSpec
 
 
 @dataclass(frozen=True, slots=True)

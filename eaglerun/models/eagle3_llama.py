@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store
@@ -10,7 +11,6 @@ from eaglerun.kernels.reference import wide
 from eaglerun.kernels.rows import LayerKV, Rows
 from eaglerun.kernels.swiglu_oai import swiglu
 from eaglerun.models.layers import Embedding, Linear, Norm, Rope
-from eaglerun.spec import DraftSpec
 
 
 class DraftAttention(nn.Module):

@@ -18,12 +18,13 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from eaglerun.checkpoint_config import read_json, shown
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.fields import read_json, shown
+from eaglerun.checkpoint.target import TargetSpec
+from eaglerun.checkpoint.weights import NameMap, Piece, draft_names, target_names
 from eaglerun.errors import CheckpointError, ConfigError
-from eaglerun.models.checkpoint_names import NameMap, Piece, draft_names, target_names
 from eaglerun.models.layers import Embedding, GemmaNorm, Norm
 from eaglerun.progress import byte_bar
-from eaglerun.spec import DraftSpec, TargetSpec
 
 logger = logging.getLogger(__name__)
 

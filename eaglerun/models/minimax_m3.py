@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.attention_sparse import attention_sparse
 from eaglerun.kernels.index_topk import index_topk
@@ -11,7 +12,6 @@ from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.layers import Embedding, GemmaNorm, Linear, Rope
 from eaglerun.models.moe import DenseMLP, MoE
-from eaglerun.spec import TargetSpec
 
 
 class BlockSelector(nn.Module):

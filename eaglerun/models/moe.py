@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.rows import Experts, Routing
 from eaglerun.kernels.swiglu_oai import swiglu_oai
 from eaglerun.models.layers import Linear, empty_parameter
-from eaglerun.spec import TargetSpec
 
 
 class DenseMLP(nn.Module):

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from eaglerun.bench.floor import Product, arithmetic_s, prefill_flops, step_bytes, step_products
-from eaglerun.budget import kv_budget
-from eaglerun.spec import DraftSpec, TargetSpec, read_checkpoint_config
+from eaglerun.checkpoint.budget import kv_budget
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.fields import read_checkpoint_config
+from eaglerun.checkpoint.target import TargetSpec
 
 M3_8L = Path(__file__).parents[2] / "configs" / "m3-8l"
 TARGET = TargetSpec.from_config(read_checkpoint_config(M3_8L / "target"))

@@ -18,6 +18,7 @@ from oracles.drafts import draft_config, make_draft, random_weights
 from pairs import CPU, draft_spec, target_spec, tiny_target
 from torch import Tensor
 
+from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError
@@ -27,7 +28,6 @@ from eaglerun.messages import Finished, Request, SamplingParams, SpeculationStat
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.spec import DraftSpec
 from eaglerun.speculative.verify import synthetic_rates
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))

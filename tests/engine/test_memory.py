@@ -11,7 +11,7 @@ from engine.schedules import pair
 from pairs import without_draft
 
 from eaglerun.blocks import hash_block, root_name
-from eaglerun.budget import kv_budget
+from eaglerun.checkpoint.budget import kv_budget
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.errors import CapacityError, ConfigError

@@ -9,12 +9,12 @@ from pairs import target_spec, tiny_target
 from torch import Tensor
 from transformers import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextConfig
 
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.kernels.index_topk import index_topk
 from eaglerun.kernels.rows import Rows
 from eaglerun.models import minimax_m3
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.spec import TargetSpec
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 90

@@ -19,14 +19,16 @@ from transformers import (
     MiniMaxM3VLTextConfig,
 )
 
-from eaglerun.budget import draft_components, target_components
+from eaglerun.checkpoint.budget import draft_components, target_components
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.fields import read_checkpoint_config
+from eaglerun.checkpoint.target import TargetSpec
+from eaglerun.checkpoint.weights import draft_names, target_names
 from eaglerun.errors import CheckpointError
 from eaglerun.models import loading
-from eaglerun.models.checkpoint_names import draft_names, target_names
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.spec import DraftSpec, TargetSpec, read_checkpoint_config
 
 CPU = torch.device("cpu")
 TEXT = {

@@ -21,6 +21,8 @@ from transformers import (
     MiniMaxM3VLTextConfig,
 )
 
+from eaglerun.checkpoint.fields import read_checkpoint_config
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.llm import LLM
@@ -29,7 +31,6 @@ from eaglerun.messages import SamplingParams
 from eaglerun.models import minimax_m3
 from eaglerun.models.loading import load_target
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.spec import TargetSpec, read_checkpoint_config
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
 CPU = torch.device("cpu")

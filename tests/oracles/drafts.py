@@ -15,10 +15,11 @@ from oracles.eagle3 import Eagle3Oracle
 from pairs import CPU
 from safetensors.numpy import save_file
 
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import load_draft
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.spec import DraftSpec, TargetSpec
 
 # Every toggle alone, then the published combinations and their neighbours. "taps" and "stored"
 # steer the maker; all else are keys of config.json.

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from eaglerun.budget import (
+from eaglerun.checkpoint.budget import (
     MemoryUse,
     draft_components,
     format_budget,
@@ -13,8 +13,9 @@ from eaglerun.budget import (
     size_kv,
     target_components,
 )
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.errors import CapacityError
-from eaglerun.spec import DraftSpec, TargetSpec
 
 TARGET = TargetSpec(
     hidden_size=6144,

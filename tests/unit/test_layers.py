@@ -11,7 +11,7 @@ LAYERS = [
     "kernels.reference kernels.rows",
     "kernels",
     "errors progress",
-    "config configs messages spec budget checkpoint_config target_config",
+    "config configs messages checkpoint",
     "sequence blocks step text chat_template conversation speculative.stats",
     "scheduler speculative.policy",
     "models",

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.fields import read_checkpoint_config
+from eaglerun.checkpoint.target import TargetSpec, check_block_size
 from eaglerun.errors import CheckpointError, ConfigError
-from eaglerun.spec import DraftSpec, TargetSpec, check_block_size, read_checkpoint_config
 
 FREQ = [0] * 3 + [1] * 57
 HUB_SPARSE = {

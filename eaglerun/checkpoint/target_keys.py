@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eaglerun.checkpoint_config import Fields, agree, check_kind, refuse_quantized, shown
+from eaglerun.checkpoint.fields import Fields, agree, check_kind, refuse_quantized, shown
 from eaglerun.errors import ConfigError
 
 TARGET_ARCHITECTURES = (

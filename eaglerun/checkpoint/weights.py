@@ -8,7 +8,8 @@ conversions), vLLM's and ATOM's loaders.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from eaglerun.spec import DraftSpec, TargetSpec
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.target import TargetSpec
 
 Shape = tuple[int, ...]
 

@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.errors import CapacityError
-from eaglerun.spec import DraftSpec, TargetSpec
 
 DTYPE_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 

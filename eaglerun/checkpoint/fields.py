@@ -6,13 +6,16 @@ Every refusal names the key with its path, the value that stands there and what 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from eaglerun.errors import ConfigError
+from eaglerun.errors import CheckpointError, ConfigError
 
 # What weights may be stored in.
 DTYPES = ("bfloat16", "float16", "float32")
 # No size of a model is larger; the largest known vocabulary has 20 bits.
 MAX_SIZE = 1 << 28
+# Far beyond any model: what is larger would fill the memory before it is found to be wrong.
+MAX_LAYERS, MAX_POSITIONS = 1 << 12, 1 << 24
 # The largest JSON file of a checkpoint: an index of a million tensors is smaller.
 MAX_JSON_BYTES = 256 << 20
 # At most the whole head is rotated; the exact bound stands where the head's size is known.
@@ -40,6 +43,26 @@ def read_json(path: Path) -> object:
         raise ConfigError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    return value
+
+
+def read_checkpoint_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint; its generation_config.json, if any, under that key.
+
+    Raises CheckpointError without a config.json, ConfigError where a file is no JSON object.
+    """
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path / 'config.json'} is missing, so {path} is no checkpoint")
+    config = _read_object(path / "config.json")
+    if (path / "generation_config.json").is_file():
+        config["generation_config"] = _read_object(path / "generation_config.json")
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
 
 
