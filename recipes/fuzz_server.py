@@ -36,8 +36,9 @@ from uvicorn.server import ServerState  # noqa: E402
 
 from eaglerun.checkpoint.draft import DraftSpec  # noqa: E402
 from eaglerun.checkpoint.fields import read_checkpoint_config  # noqa: E402
+from eaglerun.checkpoint.names import TensorNames  # noqa: E402
 from eaglerun.checkpoint.target import TargetSpec  # noqa: E402
-from eaglerun.checkpoint.weights import draft_names  # noqa: E402
+from eaglerun.checkpoint.weights import draft_weights  # noqa: E402
 from eaglerun.errors import CheckpointError, ConfigError  # noqa: E402
 from eaglerun.loader import DEMO  # noqa: E402
 from eaglerun.models.loading import _checkpoint_files, _plan  # noqa: E402
@@ -326,7 +327,7 @@ class Safetensors(Target):
             if data[:1] == b"\1":
                 _checkpoint_files(directory)
             else:
-                _plan(directory, draft_names(DRAFT), optional=())
+                _plan(directory, TensorNames(draft_weights(DRAFT)), optional=())
         except CheckpointError as error:
             assert "\n" not in str(error)
 

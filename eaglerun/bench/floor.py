@@ -9,9 +9,10 @@ sequence are taken to select the same blocks, so that what they select apart com
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from eaglerun.checkpoint.budget import KVBudget, draft_components, target_components
+from eaglerun.checkpoint.budget import KVBudget, components, draft_components, target_components
 from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.target import TargetSpec
+from eaglerun.checkpoint.weights import draft_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,9 @@ def prefill_flops(target: TargetSpec, draft: DraftSpec | None, length: int) -> P
         moe += routed * target.num_experts_per_tok // target.num_experts
     linear = sum(parts.values())
     if draft is not None:
-        own = {c.name: c.num_parameters for c in draft_components(draft)}
-        linear += own["fc"] + 2 * draft.hidden_size * 2 * draft.num_key_value_heads * draft.head_dim
+        table = draft_weights(draft)
+        own = {c.name: c.num_parameters for c in components(table, draft.dtype)}
+        linear += own["fc"] + table.num_parameters("layer.self_attn.qkv_proj.weight", "k", "v")
     layers, sparse = target.num_hidden_layers, sum(target.sparse_layers)
     num_index = sum(
         own and not shared

@@ -1,7 +1,7 @@
 """What the two models take: parameters and bytes by component, KV bytes by token and block.
 
-Arithmetic on the specs alone, so that it is known before anything is loaded or allocated; and
-from what a device then turns out to hold, how many KV blocks are left for it.
+Derived from the specs and the tables of weights, so that it is known before anything is loaded or
+allocated; and from what a device then turns out to hold, how many KV blocks are left for it.
 """
 
 import math
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.formats import DTYPE_BYTES
+from eaglerun.checkpoint.table import WeightTable
 from eaglerun.checkpoint.target import TargetSpec
+from eaglerun.checkpoint.weights import draft_weights, target_weights
 from eaglerun.errors import CapacityError
-
-DTYPE_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +57,22 @@ class KVBudget:
         return self.num_blocks(num_bytes) * self.block_size
 
 
-def target_components(spec: TargetSpec, dtype: str | None = None) -> tuple[Component, ...]:
-    """The target's parts with their weights in ``dtype`` (None: as stored).
+def components(table: WeightTable, dtype: str) -> tuple[Component, ...]:
+    """The parts of a model of ``dtype``, in the order of its table."""
+    counts = dict.fromkeys(table.components, 0)
+    sizes = dict.fromkeys(table.components, 0)
+    for weight in table.weights.values():
+        for part in weight.parts:
+            if part.component is not None:
+                count = math.prod(part.shape)
+                counts[part.component] += count
+                sizes[part.component] += weight.format.num_bytes(count, dtype)
+    return tuple(Component(name, count, sizes[name]) for name, count in counts.items())
 
-    Router and routing bias stay in float32, or wider: they are stored and computed so.
-    """
-    size = DTYPE_BYTES[dtype or spec.dtype]
-    hidden, num_moe = spec.hidden_size, sum(spec.moe_layers)
-    num_layers, num_sparse = spec.num_hidden_layers, sum(spec.sparse_layers)
-    qkv_rows = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
-    out_columns = spec.num_attention_heads * spec.head_dim
-    index_rows = (spec.num_index_heads + 1) * spec.index_head_dim
-    bias = spec.num_experts if spec.use_routing_bias else 0
-    norms = num_layers * 2 * (hidden + spec.head_dim) + num_sparse * 2 * spec.index_head_dim
-    vocab = spec.vocab_size * hidden
-    expert, shared, dense = (
-        3 * hidden * width
-        for width in (
-            spec.expert_intermediate_size,
-            spec.shared_intermediate_size,
-            spec.dense_intermediate_size,
-        )
-    )
-    counts = {
-        "embedding": vocab,
-        "attention": num_layers * hidden * (qkv_rows + out_columns),
-        "index": num_sparse * hidden * index_rows,
-        "dense MLP": (num_layers - num_moe) * dense,
-        "routed experts": num_moe * spec.num_experts * expert,
-        "shared experts": num_moe * shared,
-        "router": num_moe * (spec.num_experts * hidden + bias),
-        "norms": norms + hidden,
-        "lm_head": 0 if spec.tie_word_embeddings else vocab,
-    }
-    return tuple(
-        Component(name, count, count * (max(size, 4) if name == "router" else size))
-        for name, count in counts.items()
-    )
+
+def target_components(spec: TargetSpec, dtype: str | None = None) -> tuple[Component, ...]:
+    """The target's parts with their weights in ``dtype`` (None: as stored)."""
+    return components(target_weights(spec), dtype or spec.dtype)
 
 
 def draft_components(spec: DraftSpec, dtype: str | None = None) -> tuple[Component, ...]:
@@ -101,22 +81,7 @@ def draft_components(spec: DraftSpec, dtype: str | None = None) -> tuple[Compone
     An embedding or head that turns out to be the target's, which only loading can tell, takes
     nothing in the end; it is counted here.
     """
-    size = DTYPE_BYTES[dtype or spec.dtype]
-    hidden, chunks = spec.hidden_size, len(spec.taps) * spec.target_hidden_size
-    qkv_rows = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
-    out_columns = spec.num_attention_heads * spec.head_dim
-    bias = qkv_rows if spec.attention_bias else 0
-    # Once over the chunks in either form, then input, hidden, post-attention and last.
-    norms = (chunks if spec.fc_norm or spec.norm_before_fc else 0) + 4 * hidden
-    counts = {
-        "embedding": spec.vocab_size * hidden,
-        "fc": chunks * hidden if spec.use_aux_hidden_state else 0,
-        "attention": 2 * hidden * qkv_rows + bias + hidden * out_columns,
-        "MLP": 3 * hidden * spec.intermediate_size,
-        "norms": norms,
-        "head": 0 if spec.tie_word_embeddings else spec.draft_vocab_size * hidden,
-    }
-    return tuple(Component(name, count, count * size) for name, count in counts.items())
+    return components(draft_weights(spec), dtype or spec.dtype)
 
 
 def kv_budget(

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eaglerun.checkpoint.formats import STORED
 from eaglerun.errors import CheckpointError, ConfigError
 
-# What weights may be stored in.
-DTYPES = ("bfloat16", "float16", "float32")
 # No size of a model is larger; the largest known vocabulary has 20 bits.
 MAX_SIZE = 1 << 28
 # Far beyond any model: what is larger would fill the memory before it is found to be wrong.
@@ -214,7 +213,7 @@ def refuse_quantized(fields: Fields) -> None:
     for key in ("quantization_config", "compression_config"):
         section = fields.section(key)
         if section.values:
-            raise section.refusal("quant_method", f"this build loads {', '.join(DTYPES)} only")
+            raise section.refusal("quant_method", f"this build loads {', '.join(STORED)} only")
 
 
 def stored_dtype(*levels: Fields) -> str:
@@ -224,7 +223,7 @@ def stored_dtype(*levels: Fields) -> str:
         for key in ("dtype", "torch_dtype"):
             value = fields.text(key)
             if value is not None:
-                fields.only(key, *DTYPES)
+                fields.only(key, *STORED)
                 return value
     return "bfloat16"  # of every published checkpoint
 

@@ -1,143 +1,25 @@
-"""Every tensor name a checkpoint may use, and the place in which parameter it fills.
+"""The tables of weights of the two models: the one place where a weight is described.
 
-Built from a spec alone, so that a loader can tell exactly what is missing and what is too much.
-Sources of the names: the hub's files, transformers' minimax_m3_vl (module names, and its table of
-conversions), vLLM's and ATOM's loaders.
+Name, shape, split over ranks, format and spellings. Sources of the names: the hub's files,
+transformers' minimax_m3_vl (module names, and its table of conversions), vLLM's and ATOM's loaders.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-
 from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.formats import IDS, WIDE
+from eaglerun.checkpoint.table import Part, Split, Weight, WeightTable, single, spelled
 from eaglerun.checkpoint.target import TargetSpec
 
-Shape = tuple[int, ...]
 
-# Tables of rotary embeddings, which older libraries saved beside the weights.
-COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+def target_weights(spec: TargetSpec, whole_experts: bool = False) -> WeightTable:
+    """The target's weights; of several spellings the hub's first, then transformers'.
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Where a tensor of ``shape`` goes: it is copied to parameter[where].
-
-    parts  what it brings, as names of the hub's layout: its own, or those that it fuses
+    whole_experts  ranks divide the experts among them, instead of the width of every expert
     """
-
-    parameter: str
-    where: tuple[int | slice, ...]
-    shape: Shape
-    parts: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NameMap:
-    """The parameters of a model and the tensors that fill them.
-
-    shapes    parameter (or buffer) -> its shape
-    pieces    tensor name without prefix -> its piece, all spellings
-    parts     part -> parameter: each has to be brought by exactly one tensor
-    prefixes  what may stand before a name
-    skipped   beginnings of full names that belong to parts this build does not have
-    zeros     tensors that say something only where they are not zero, without prefix
-    """
-
-    prefixes: tuple[str, ...]
-    skipped: tuple[str, ...]
-    shapes: dict[str, Shape] = field(default_factory=dict)
-    pieces: dict[str, Piece] = field(default_factory=dict)
-    parts: dict[str, str] = field(default_factory=dict)
-    zeros: set[str] = field(default_factory=set)
-
-    def is_skipped(self, name: str) -> bool:
-        """A tensor without a place here: another part's, or a table that is computed."""
-        return name.startswith(self.skipped) or name.endswith(COMPUTED)
-
-    def must_be_zero(self, name: str) -> bool:
-        return any(name == prefix + zero for prefix in self.prefixes for zero in self.zeros)
-
-    def find(self, name: str) -> Piece | None:
-        """The piece of a tensor by its full name."""
-        for prefix in self.prefixes:
-            if name.startswith(prefix) and (piece := self.pieces.get(name[len(prefix) :])):
-                return piece
-        return None
-
-    def whole(self, parameter: str, shape: Shape, *names: str) -> None:
-        """A parameter that is one tensor, under its own name unless there are ``names``."""
-        self.shapes[parameter] = shape
-        self._piece(names or (parameter,), parameter, (), shape)
-
-    def stack(
-        self,
-        parameter: str,
-        blocks: Iterable[tuple[tuple[str, ...], int]],
-        *columns: int,
-        fused: tuple[str, ...] = (),
-    ) -> None:
-        """A parameter of row blocks (spellings of the tensor, rows), in this order.
-
-        ``fused`` names tensors that hold all of it.
-        """
-        start = 0
-        parts = []
-        for names, rows in blocks:
-            where = (slice(start, start + rows),)
-            self._piece(names, parameter, where, (rows, *columns))
-            parts.append(names[0])
-            start += rows
-        self.shapes[parameter] = (start, *columns)
-        self._fused(fused, parameter, parts)
-
-    def experts(
-        self,
-        parameter: str,
-        count: int,
-        blocks: tuple[tuple[str, str], ...],
-        shape: tuple[int, int],
-        modules: tuple[str, ...],
-        fused: str,
-    ) -> None:
-        """A stack [count, rows, columns] whose expert e is one matrix of ``shape`` per block.
-
-        blocks  (the hub's name of the matrix, the other one), top rows first
-        """
-        rows, columns = shape
-        parts = []
-        for expert in range(count):
-            for i, block in enumerate(blocks):
-                names = tuple(
-                    f"{module}.{expert}.{word}.weight" for module in modules for word in block
-                )
-                where = (expert, slice(i * rows, (i + 1) * rows))
-                self._piece(names, parameter, where, shape)
-                parts.append(names[0])
-        self.shapes[parameter] = (count, len(blocks) * rows, columns)
-        self._fused(tuple(f"{module}.{fused}" for module in modules), parameter, parts)
-
-    def rows(self, parameter: str, names: Iterable[str], width: int) -> None:
-        """A matrix [names, width] whose rows are vectors with a tensor each."""
-        count = 0
-        for count, name in enumerate(names, start=1):
-            self._piece((name,), parameter, (count - 1,), (width,))
-        self.shapes[parameter] = (count, width)
-
-    def _piece(
-        self, names: tuple[str, ...], parameter: str, where: tuple[int | slice, ...], shape: Shape
-    ) -> None:
-        self.parts[names[0]] = parameter
-        piece = Piece(parameter, where, shape, (names[0],))
-        for name in names:
-            self.pieces[name] = piece
-
-    def _fused(self, names: tuple[str, ...], parameter: str, parts: list[str]) -> None:
-        for name in names:
-            self.pieces[name] = Piece(parameter, (), self.shapes[parameter], tuple(parts))
-
-
-def target_names(spec: TargetSpec) -> NameMap:
-    """The names of the target: the hub's first, then those of transformers' modules."""
-    names = NameMap(
+    table = WeightTable(
+        components=(
+            *("embedding", "attention", "index", "dense MLP", "routed experts"),
+            *("shared experts", "router", "norms", "lm_head"),
+        ),
         prefixes=(
             "language_model.model.",
             "model.language_model.",
@@ -150,117 +32,171 @@ def target_names(spec: TargetSpec) -> NameMap:
             *("model.vision_tower.", "model.multi_modal_projector."),
         ),
     )
-    hidden = spec.hidden_size
-    names.whole("embed_tokens.weight", (spec.vocab_size, hidden))
+    hidden, vocab = (spec.hidden_size,), (spec.vocab_size, spec.hidden_size)
+    by_id = Split(0, spec.vocab_size)
+    table.add([single("embed_tokens.weight", vocab, "embedding", by_id)])
     for i in range(spec.num_hidden_layers):
         layer = f"layers.{i}."
-        names.whole(layer + "input_layernorm.weight", (hidden,))
-        names.whole(layer + "post_attention_layernorm.weight", (hidden,))
-        _target_attention(names, spec, layer + "self_attn.", spec.sparse_layers[i])
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            table.add([single(f"{layer}{norm}.weight", hidden, "norms")])
+        table.add(_target_attention(spec, layer + "self_attn.", spec.sparse_layers[i]))
         if spec.moe_layers[i]:
-            _moe(names, spec, layer)
+            table.add(_moe(spec, layer, whole_experts))
         else:
-            module = layer + "mlp."
-            _mlp(names, module, (module,), hidden, spec.dense_intermediate_size)
-    names.whole("norm.weight", (hidden,))
+            module, width = layer + "mlp.", spec.dense_intermediate_size
+            table.add(_mlp(module, (module,), spec.hidden_size, width, "dense MLP"))
+    table.add([single("norm.weight", hidden, "norms")])
     if not spec.tie_word_embeddings:
-        names.whole("lm_head.weight", (spec.vocab_size, hidden))
-    return names
+        table.add([single("lm_head.weight", vocab, "lm_head", by_id)])
+    return table
 
 
-def _spelled(modules: tuple[str, ...], name: str) -> tuple[str, ...]:
-    return tuple(module + name for module in modules)
+def _target_attention(spec: TargetSpec, module: str, sparse: bool) -> list[Weight]:
+    """The projection's rows are q, k, v and, in a sparse layer, index q and index k."""
+    hidden, heads, dim = spec.hidden_size, spec.num_attention_heads, spec.head_dim
+    parts = _qkv(spec, (module,), "weight", hidden)
+    weights = [single(f"{module}{letter}_norm.weight", (dim,), "norms") for letter in "qk"]
+    if sparse:
+        index = (module + "index_", module + "indexer.")
+        index_heads, width = spec.num_index_heads, spec.index_head_dim
+        # An index head chooses for one KV head and goes where that goes. All share one key.
+        for letter, count, split in (
+            ("q", index_heads, Split(0, index_heads, copies=True)),
+            ("k", 1, None),
+        ):
+            names = spelled(index, f"{letter}_proj.weight")
+            parts.append(Part(f"index_{letter}", (count * width, hidden), "index", names, split))
+            norm = spelled(index, f"{letter}_norm.weight")
+            weights.append(single(norm[0], (width,), "norms", spellings=norm))
+    out = single(module + "o_proj.weight", (hidden, heads * dim), "attention", Split(1, heads))
+    return [*weights, Weight(module + "qkv_proj.weight", tuple(parts)), out]
 
 
 def _qkv(
-    spec: TargetSpec | DraftSpec, modules: tuple[str, ...], kind: str
-) -> list[tuple[tuple[str, ...], int]]:
-    """Row blocks of a qkv projection's weight or bias."""
-    heads = {
-        "q": spec.num_attention_heads,
-        "k": spec.num_key_value_heads,
-        "v": spec.num_key_value_heads,
-    }
+    spec: TargetSpec | DraftSpec, modules: tuple[str, ...], kind: str, *columns: int
+) -> list[Part]:
+    """The rows q, k and v of a projection's weight or bias, by head."""
+    groups = spec.num_key_value_heads
     return [
-        (_spelled(modules, f"{letter}_proj.{kind}"), count * spec.head_dim)
-        for letter, count in heads.items()
+        Part(
+            letter,
+            (split.units * spec.head_dim, *columns),
+            "attention",
+            spelled(modules, f"{letter}_proj.{kind}"),
+            split,
+        )
+        for letter, split in (
+            ("q", Split(0, spec.num_attention_heads)),
+            ("k", Split(0, groups, copies=True)),
+            ("v", Split(0, groups, copies=True)),
+        )
     ]
 
 
-def _target_attention(names: NameMap, spec: TargetSpec, module: str, sparse: bool) -> None:
-    blocks = _qkv(spec, (module,), "weight")
-    for letter in "qk":
-        names.whole(f"{module}{letter}_norm.weight", (spec.head_dim,))
-    if sparse:
-        index = (module + "index_", module + "indexer.")
-        for letter, count in (("q", spec.num_index_heads), ("k", 1)):
-            proj = _spelled(index, f"{letter}_proj.weight")
-            norm = _spelled(index, f"{letter}_norm.weight")
-            blocks.append((proj, count * spec.index_head_dim))
-            names.whole(norm[0], (spec.index_head_dim,), *norm)
-    names.stack(module + "qkv_proj.weight", blocks, spec.hidden_size)
-    heads = spec.num_attention_heads * spec.head_dim
-    names.whole(module + "o_proj.weight", (spec.hidden_size, heads))
-
-
-def _moe(names: NameMap, spec: TargetSpec, layer: str) -> None:
+def _moe(spec: TargetSpec, layer: str, whole_experts: bool) -> list[Weight]:
     count, hidden, width = spec.num_experts, spec.hidden_size, spec.expert_intermediate_size
     hub, module = layer + "block_sparse_moe.", layer + "mlp."
-    gate, bias = module + "gate.weight", module + "gate.e_score_correction_bias"
-    names.whole(gate, (count, hidden), hub + "gate.weight", gate)
+    modules = (hub, module)
+    gate, bias = "gate.weight", "gate.e_score_correction_bias"
+    names = spelled(modules, gate)
+    weights = [single(module + gate, (count, hidden), "router", None, names, WIDE)]
     if spec.use_routing_bias:
-        names.whole(bias, (count,), hub + "e_score_correction_bias", bias)
-    experts = (hub + "experts", module + "experts")
-    w13, w2 = (("w1", "gate_proj"), ("w3", "up_proj")), (("w2", "down_proj"),)
-    up, down = (width, hidden), (hidden, width)
-    names.experts(module + "experts.w13", count, w13, up, experts, "gate_up_proj")
-    names.experts(module + "experts.w2", count, w2, down, experts, "down_proj")
-    shared = _spelled((hub, module), "shared_experts.")
-    _mlp(names, shared[1], shared, hidden, spec.shared_intermediate_size)
+        names = (hub + "e_score_correction_bias", module + bias)
+        weights.append(single(module + bias, (count,), "router", None, names, WIDE))
+    experts = spelled(modules, "experts.")
+
+    def part(name: str, other: str, shape: tuple[int, int], axis: int) -> Part:
+        """The matrix of every expert, which is stored expert by expert."""
+        names = tuple(f"{m}{{}}.{word}.weight" for m in experts for word in (name, other))
+        split = Split(0, count) if whole_experts else Split(axis, width)
+        return Part(name, (count, *shape), "routed experts", names, split)
+
+    up = (part("w1", "gate_proj", (width, hidden), 1), part("w3", "up_proj", (width, hidden), 1))
+    down = (part("w2", "down_proj", (hidden, width), 2),)
+    names = spelled(experts, "gate_up_proj")
+    weights.append(Weight(module + "experts.w13", up, axis=1, fused=names))
+    names = spelled(experts, "down_proj")
+    weights.append(Weight(module + "experts.w2", down, axis=1, fused=names))
+    shared = spelled(modules, "shared_experts.")
+    width = spec.shared_intermediate_size
+    return [*weights, *_mlp(shared[1], shared, hidden, width, "shared experts")]
 
 
-def _mlp(names: NameMap, parameter: str, modules: tuple[str, ...], hidden: int, width: int) -> None:
-    names.stack(
-        parameter + "gate_up_proj.weight",
-        [(_spelled(modules, f"{half}_proj.weight"), width) for half in ("gate", "up")],
-        hidden,
-        fused=_spelled(modules, "gate_up_proj.weight"),
+def _mlp(
+    parameter: str, modules: tuple[str, ...], hidden: int, width: int, component: str
+) -> list[Weight]:
+    """gate_up_proj, whose rows are gate, then up; and down_proj."""
+    halves = tuple(
+        Part(
+            half,
+            (width, hidden),
+            component,
+            spelled(modules, f"{half}_proj.weight"),
+            Split(0, width),
+        )
+        for half in ("gate", "up")
     )
-    down = _spelled(modules, "down_proj.weight")
-    names.whole(parameter + "down_proj.weight", (hidden, width), *down)
+    names = spelled(modules, "gate_up_proj.weight")
+    down = spelled(modules, "down_proj.weight")
+    name, split = parameter + "down_proj.weight", Split(1, width)
+    return [
+        Weight(parameter + "gate_up_proj.weight", halves, fused=names),
+        single(name, (hidden, width), component, split, down),
+    ]
 
 
-def draft_names(spec: DraftSpec) -> NameMap:
-    """The names of the draft: TorchSpec's layers.0 and SafeAILab's midlayer.
+def draft_weights(spec: DraftSpec, whole_embedding: bool = False) -> WeightTable:
+    """The draft's weights; of several spellings TorchSpec's layers.0, then SafeAILab's midlayer.
 
     t2d is the inverse of d2t and mask_hidden serves parallel drafting: neither is used here. A
     draft whose vocabulary is the target's may store d2t too: its offsets must be zeros.
+
+    whole_embedding  every rank holds all of the embedding, which spares a sum in each pass
     """
-    unused = ("t2d", "mask_hidden", "model.t2d", "model.mask_hidden")
-    names = NameMap(prefixes=("", "model."), skipped=unused)
+    is_short = spec.draft_vocab_size < spec.vocab_size
+    table = WeightTable(
+        components=("embedding", "fc", "attention", "MLP", "norms", "head"),
+        prefixes=("", "model."),
+        skipped=("t2d", "mask_hidden", "model.t2d", "model.mask_hidden"),
+        zeros=frozenset() if is_short else frozenset({"d2t"}),
+    )
     hidden, chunk, chunks = spec.hidden_size, spec.target_hidden_size, len(spec.taps)
-    names.whole("embed_tokens.weight", (spec.vocab_size, hidden))
+    by_id = None if whole_embedding else Split(0, spec.vocab_size)
+    table.add([single("embed_tokens.weight", (spec.vocab_size, hidden), "embedding", by_id)])
     if spec.use_aux_hidden_state:
-        names.whole("fc.weight", (hidden, chunks * chunk))
+        table.add([single("fc.weight", (hidden, chunks * chunk), "fc")])
     if spec.fc_norm:
-        names.rows("fc_norm.weight", (f"fc_norm.{i}.weight" for i in range(chunks)), chunk)
+        names = ("fc_norm.{}.weight",)
+        table.add([single("fc_norm.weight", (chunks, chunk), "norms", spellings=names)])
     if spec.norm_before_fc:
-        names.whole("input_norm.weight", (chunks * chunk,))
-    layer = ("layers.0.", "midlayer.")
-    for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
-        names.whole(f"layer.{norm}.weight", (hidden,), *_spelled(layer, norm + ".weight"))
-    attention, parameter = _spelled(layer, "self_attn."), "layer.self_attn."
-    names.stack(parameter + "qkv_proj.weight", _qkv(spec, attention, "weight"), 2 * hidden)
-    if spec.attention_bias:
-        names.stack(parameter + "qkv_proj.bias", _qkv(spec, attention, "bias"))
-    out = (hidden, spec.num_attention_heads * spec.head_dim)
-    names.whole(parameter + "o_proj.weight", out, *_spelled(attention, "o_proj.weight"))
-    _mlp(names, "layer.mlp.", _spelled(layer, "mlp."), hidden, spec.intermediate_size)
-    names.whole("norm.weight", (hidden,))
+        table.add([single("input_norm.weight", (chunks * chunk,), "norms")])
+    table.add(_draft_layer(spec))
+    table.add([single("norm.weight", (hidden,), "norms")])
     if not spec.tie_word_embeddings:
-        names.whole("lm_head.weight", (spec.draft_vocab_size, hidden))
-    if spec.draft_vocab_size < spec.vocab_size:
-        names.whole("d2t", (spec.draft_vocab_size,))
-    else:
-        names.zeros.add("d2t")
-    return names
+        head, split = (spec.draft_vocab_size, hidden), Split(0, spec.draft_vocab_size)
+        table.add([single("lm_head.weight", head, "head", split)])
+    if is_short:
+        table.add([single("d2t", (spec.draft_vocab_size,), None, format=IDS)])
+    return table
+
+
+def _draft_layer(spec: DraftSpec) -> list[Weight]:
+    hidden, heads = spec.hidden_size, spec.num_attention_heads
+    layer = ("layers.0.", "midlayer.")
+    attention, name = spelled(layer, "self_attn."), "layer.self_attn."
+    weights = [
+        single(
+            f"layer.{norm}.weight", (hidden,), "norms", spellings=spelled(layer, norm + ".weight")
+        )
+        for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm")
+    ]
+    qkv = _qkv(spec, attention, "weight", 2 * hidden)
+    weights.append(Weight(name + "qkv_proj.weight", tuple(qkv)))
+    if spec.attention_bias:
+        bias = _qkv(spec, attention, "bias")
+        weights.append(Weight(name + "qkv_proj.bias", tuple(bias)))
+    out, split = (hidden, heads * spec.head_dim), Split(1, heads)
+    names = spelled(attention, "o_proj.weight")
+    weights.append(single(name + "o_proj.weight", out, "attention", split, names))
+    mlp = spelled(layer, "mlp.")
+    return [*weights, *_mlp("layer.mlp.", mlp, hidden, spec.intermediate_size, "MLP")]

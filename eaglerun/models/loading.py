@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.fields import read_json, shown
+from eaglerun.checkpoint.names import Piece, TensorNames
+from eaglerun.checkpoint.table import WeightTable
 from eaglerun.checkpoint.target import TargetSpec
-from eaglerun.checkpoint.weights import NameMap, Piece, draft_names, target_names
+from eaglerun.checkpoint.weights import draft_weights, target_weights
 from eaglerun.errors import CheckpointError, ConfigError
 from eaglerun.models.layers import Embedding, GemmaNorm, Norm
 from eaglerun.progress import byte_bar
@@ -30,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # All that serving reads of a repository; weights in other formats stay where they are.
 NEEDED_FILES = ("*.json", "*.safetensors", "*.jinja")
-FLOATS = ("BF16", "F16", "F32")
 INDEX = "model.safetensors.index.json"
 # How many faults of a checkpoint one message lists.
 MAX_FAULTS = 8
@@ -69,9 +70,10 @@ def load_target(
     Raises CheckpointError, before any weight is read, with the files and names of all that is
     missing, too much, misshapen or of another dtype.
     """
-    names = target_names(spec)
-    tensors = _tensors(model, names)
-    _stream(_plan(path, names, optional=()), tensors, progress, "loading target")
+    table = target_weights(spec)
+    tensors = _tensors(model, table)
+    plan = _plan(path, TensorNames(table), optional=())
+    _stream(plan, tensors, progress, "loading target")
 
 
 def load_draft(
@@ -88,10 +90,10 @@ def load_draft(
 
     Raises CheckpointError as load_target does, and where d2t points outside the vocabulary.
     """
-    names = draft_names(spec)
-    tensors = _tensors(model, names)
-    shareable = tuple(n for n in ("embed_tokens.weight", "lm_head.weight") if n in names.shapes)
-    plan = _plan(path, names, optional=shareable)
+    table = draft_weights(spec)
+    tensors = _tensors(model, table)
+    shareable = tuple(n for n in ("embed_tokens.weight", "lm_head.weight") if n in table.weights)
+    plan = _plan(path, TensorNames(table), optional=shareable)
     stored = {piece.parameter for pieces in plan.values() for _, piece in pieces}
     target_tensors = {name: target_model.get_parameter(name) for name in shareable}
     for name in shareable:
@@ -101,7 +103,7 @@ def load_draft(
                 f"{_kind(target_tensors[name])}, so that the draft cannot share it"
             )
     _stream(plan, tensors, progress, "loading draft")
-    if "d2t" in names.shapes:
+    if "d2t" in table.weights:
         _check_d2t(tensors["d2t"], spec, path)
     shared = tuple(
         name
@@ -163,14 +165,15 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _tensors(model: nn.Module, names: NameMap) -> dict[str, Tensor]:
-    """The model's tensors by name. ValueError where the model is not the one of the names."""
+def _tensors(model: nn.Module, table: WeightTable) -> dict[str, Tensor]:
+    """The model's tensors by name. ValueError where the model is not the one of the table."""
     own: dict[str, Tensor] = dict(model.named_parameters())
-    unknown = own.keys() - names.shapes.keys()
+    unknown = own.keys() - table.weights.keys()
     own |= dict(model.named_buffers())
+    shapes = {name: weight.shape() for name, weight in table.weights.items()}
     wrong = [
         f"{name}: the spec has {shape}, the model {tuple(own[name].shape) if name in own else None}"
-        for name, shape in names.shapes.items()
+        for name, shape in shapes.items()
         if name not in own or tuple(own[name].shape) != shape
     ]
     if unknown or wrong:
@@ -225,7 +228,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
 
 
-def _plan(path: Path, names: NameMap, optional: tuple[str, ...]) -> Plan:
+def _plan(path: Path, names: TensorNames, optional: tuple[str, ...]) -> Plan:
     """Which tensor of which file fills which piece; CheckpointError unless they fit exactly."""
     faults: list[str] = []
     brought: dict[str, str] = {}
@@ -271,9 +274,8 @@ def _plan(path: Path, names: NameMap, optional: tuple[str, ...]) -> Plan:
 def _tensor_faults(what: str, shape: tuple[int, ...], dtype: str, piece: Piece) -> Iterator[str]:
     if shape != piece.shape:
         yield f"{what} has shape {shape}: {piece.parameter} takes {piece.shape}"
-    allowed = ("I64",) if piece.parameter == "d2t" else FLOATS
-    if dtype not in allowed:
-        yield f"{what} has dtype {dtype}: {piece.parameter} takes {', '.join(allowed)}"
+    if dtype not in piece.stored:
+        yield f"{what} has dtype {dtype}: {piece.parameter} takes {', '.join(piece.stored)}"
 
 
 def _listed(faults: list[str]) -> str:
