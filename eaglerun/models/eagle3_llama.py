@@ -4,41 +4,39 @@ import torch
 from torch import Tensor, nn
 
 from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.weights import draft_weights
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store
 from eaglerun.kernels.reference import wide
 from eaglerun.kernels.rows import LayerKV, Rows
 from eaglerun.kernels.swiglu_oai import swiglu
+from eaglerun.models.allocation import Allocation
 from eaglerun.models.layers import Embedding, Linear, Norm, Rope
 
 
 class DraftAttention(nn.Module):
     """qkv_proj over [embedding | hidden] (rows q, k, v) and o_proj."""
 
-    def __init__(self, spec: DraftSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Allocation) -> None:
         super().__init__()
-        heads, groups, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
-        self.q_rows = heads * dim
-        self.all_rows = (heads + 2 * groups) * dim
+        qkv, bias = weights.weight("qkv_proj.weight"), "qkv_proj.bias"
+        self.q_rows = qkv.rows("q")
+        self.all_rows = qkv.rows("q", "k", "v")
         self.qkv_proj = Linear(
-            2 * spec.hidden_size,
-            self.all_rows,
-            device=device,
-            dtype=dtype,
-            bias=spec.attention_bias,
+            weights.parameter("qkv_proj.weight"),
+            weights.parameter(bias) if bias in weights else None,
         )
-        self.o_proj = Linear(self.q_rows, spec.hidden_size, device=device, dtype=dtype)
+        self.o_proj = Linear(weights.parameter("o_proj.weight"))
 
 
 class DraftMLP(nn.Module):
     """down(silu(gate) * up); gate rows, then up rows."""
 
-    def __init__(self, spec: DraftSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Allocation) -> None:
         super().__init__()
-        size, width = spec.hidden_size, spec.intermediate_size
-        self.gate_up_proj = Linear(size, 2 * width, device=device, dtype=dtype)
-        self.down_proj = Linear(width, size, device=device, dtype=dtype)
+        self.gate_up_proj = Linear(weights.parameter("gate_up_proj.weight"))
+        self.down_proj = Linear(weights.parameter("down_proj.weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
@@ -47,14 +45,15 @@ class DraftMLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    def __init__(self, spec: DraftSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Allocation, eps: float) -> None:
         super().__init__()
-        size, eps = spec.hidden_size, spec.rms_norm_eps
-        self.hidden_norm = Norm(size, eps=eps, device=device, dtype=dtype)
-        self.input_layernorm = Norm(size, eps=eps, device=device, dtype=dtype)
-        self.self_attn = DraftAttention(spec, device=device, dtype=dtype)
-        self.post_attention_layernorm = Norm(size, eps=eps, device=device, dtype=dtype)
-        self.mlp = DraftMLP(spec, device=device, dtype=dtype)
+        self.hidden_norm = Norm(weights.parameter("hidden_norm.weight"), eps)
+        self.input_layernorm = Norm(weights.parameter("input_layernorm.weight"), eps)
+        self.self_attn = DraftAttention(weights.under("self_attn"))
+        self.post_attention_layernorm = Norm(
+            weights.parameter("post_attention_layernorm.weight"), eps
+        )
+        self.mlp = DraftMLP(weights.under("mlp"))
 
 
 class Eagle3Llama(nn.Module):
@@ -80,33 +79,23 @@ class Eagle3Llama(nn.Module):
         super().__init__()
         _check(spec)
         self.spec = spec
-        size, eps = spec.hidden_size, spec.rms_norm_eps
-        chunk, chunks = spec.target_hidden_size, len(spec.taps)
-        self.embed_tokens = Embedding(spec.vocab_size, size, device=device, dtype=dtype)
-        self.fc = (
-            Linear(chunks * chunk, size, device=device, dtype=dtype)
-            if spec.use_aux_hidden_state
-            else None
+        weights, eps = Allocation(draft_weights(spec), device, dtype), spec.rms_norm_eps
+
+        def norm(name: str) -> Norm | None:
+            return Norm(weights.parameter(name), eps) if name in weights else None
+
+        self.embed_tokens = Embedding(weights.parameter("embed_tokens.weight"))
+        self.fc = Linear(weights.parameter("fc.weight")) if "fc.weight" in weights else None
+        self.fc_norm = norm("fc_norm.weight")
+        self.input_norm = norm("input_norm.weight")
+        self.layer = DraftLayer(weights.under("layer"), eps)
+        self.norm = Norm(weights.parameter("norm.weight"), eps)
+        self.lm_head = Linear(
+            self.embed_tokens.weight
+            if spec.tie_word_embeddings
+            else weights.parameter("lm_head.weight")
         )
-        self.fc_norm = (
-            Norm(chunks, chunk, eps=eps, device=device, dtype=dtype) if spec.fc_norm else None
-        )
-        self.input_norm = (
-            Norm(chunks * chunk, eps=eps, device=device, dtype=dtype)
-            if spec.norm_before_fc
-            else None
-        )
-        self.layer = DraftLayer(spec, device=device, dtype=dtype)
-        self.norm = Norm(size, eps=eps, device=device, dtype=dtype)
-        self.lm_head = Linear(size, spec.draft_vocab_size, device=device, dtype=dtype)
-        if spec.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
-        self.register_buffer(
-            "d2t",
-            torch.empty(spec.draft_vocab_size, device=device, dtype=torch.int64)
-            if spec.draft_vocab_size < spec.vocab_size
-            else None,
-        )
+        self.register_buffer("d2t", weights.tensor("d2t") if "d2t" in weights else None)
         self.rope = Rope(
             max_positions or spec.max_position_embeddings,
             spec.head_dim,

@@ -1,4 +1,4 @@
-"""The parts both models are made of: weights with a forward, created empty and never trained."""
+"""The parts both models are made of: weights with a forward, never trained."""
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +14,13 @@ from eaglerun.kernels.rmsnorm import (
 )
 
 
-def empty_parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
-
-
 class Linear(nn.Module):
     """y = x weight^T (+ bias); weight [out_features, in_features]."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        bias: bool = False,
-    ) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.weight = empty_parameter(out_features, in_features, device=device, dtype=dtype)
-        self.bias = empty_parameter(out_features, device=device, dtype=dtype) if bias else None
+        self.weight = weight
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -49,11 +37,9 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """Rows of weight [vocab_size, hidden] by id."""
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.weight = empty_parameter(vocab_size, hidden_size, device=device, dtype=dtype)
+        self.weight = weight
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
@@ -62,9 +48,9 @@ class Embedding(nn.Module):
 class Norm(nn.Module):
     """RMSNorm with a plain weight (the draft's); weight [size], or [groups, size]."""
 
-    def __init__(self, *shape: int, eps: float, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
-        self.weight = empty_parameter(*shape, device=device, dtype=dtype)
+        self.weight = weight
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from eaglerun.checkpoint.target import TargetSpec
+from eaglerun.checkpoint.weights import target_weights
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.attention_sparse import attention_sparse
 from eaglerun.kernels.index_topk import index_topk
 from eaglerun.kernels.kv_store import kv_store
 from eaglerun.kernels.rows import HeadNorms, LayerKV, Rows
+from eaglerun.models.allocation import Allocation
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.layers import Embedding, GemmaNorm, Linear, Rope
 from eaglerun.models.moe import DenseMLP, MoE
@@ -39,28 +41,21 @@ class Attention(nn.Module):
     shares another's selection keeps its index weights (the checkpoint has them) and reads none.
     """
 
-    def __init__(
-        self, spec: TargetSpec, layer: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, spec: TargetSpec, layer: int, weights: Allocation) -> None:
         super().__init__()
         self.spec = spec
         self.layer = layer
         self.sparse = spec.sparse_layers[layer]
         self.computes_index = self.sparse and not spec.index_shared[layer]
-        heads, groups, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         eps = spec.rms_norm_eps
-        self.main_rows = (heads + 2 * groups) * dim
-        index_rows = (groups + 1) * spec.index_head_dim if self.sparse else 0
-        self.qkv_proj = Linear(
-            spec.hidden_size, self.main_rows + index_rows, device=device, dtype=dtype
-        )
-        self.o_proj = Linear(heads * dim, spec.hidden_size, device=device, dtype=dtype)
-        self.q_norm = GemmaNorm(dim, eps=eps, device=device, dtype=dtype)
-        self.k_norm = GemmaNorm(dim, eps=eps, device=device, dtype=dtype)
+        self.main_rows = weights.weight("qkv_proj.weight").rows("q", "k", "v")
+        self.qkv_proj = Linear(weights.parameter("qkv_proj.weight"))
+        self.o_proj = Linear(weights.parameter("o_proj.weight"))
+        self.q_norm = GemmaNorm(weights.parameter("q_norm.weight"), eps)
+        self.k_norm = GemmaNorm(weights.parameter("k_norm.weight"), eps)
         if self.sparse:
-            index_dim = spec.index_head_dim
-            self.index_q_norm = GemmaNorm(index_dim, eps=eps, device=device, dtype=dtype)
-            self.index_k_norm = GemmaNorm(index_dim, eps=eps, device=device, dtype=dtype)
+            self.index_q_norm = GemmaNorm(weights.parameter("index_q_norm.weight"), eps)
+            self.index_k_norm = GemmaNorm(weights.parameter("index_k_norm.weight"), eps)
             self.selector = BlockSelector(spec)
 
     def forward(
@@ -101,19 +96,15 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """norm, attention, norm, feed-forward over a residual stream handed on as (x, residual)."""
 
-    def __init__(
-        self, spec: TargetSpec, layer: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, spec: TargetSpec, layer: int, weights: Allocation) -> None:
         super().__init__()
-        size, eps = spec.hidden_size, spec.rms_norm_eps
-        self.input_layernorm = GemmaNorm(size, eps=eps, device=device, dtype=dtype)
-        self.self_attn = Attention(spec, layer, device=device, dtype=dtype)
-        self.post_attention_layernorm = GemmaNorm(size, eps=eps, device=device, dtype=dtype)
-        self.mlp: MoE | DenseMLP = (
-            MoE(spec, device=device, dtype=dtype)
-            if spec.moe_layers[layer]
-            else DenseMLP(spec, spec.dense_intermediate_size, device=device, dtype=dtype)
+        eps, mlp = spec.rms_norm_eps, MoE if spec.moe_layers[layer] else DenseMLP
+        self.input_layernorm = GemmaNorm(weights.parameter("input_layernorm.weight"), eps)
+        self.self_attn = Attention(spec, layer, weights.under("self_attn"))
+        self.post_attention_layernorm = GemmaNorm(
+            weights.parameter("post_attention_layernorm.weight"), eps
         )
+        self.mlp: MoE | DenseMLP = mlp(spec, weights.under("mlp"))
 
     def enter(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The normed input of attention, and the completed residual stream. x is the sublayer
@@ -164,14 +155,18 @@ class MiniMaxM3(nn.Module):
         _check(spec, taps)
         self.spec = spec
         self.taps = taps
-        self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, device=device, dtype=dtype)
+        weights = Allocation(target_weights(spec), device, dtype)
+        self.embed_tokens = Embedding(weights.parameter("embed_tokens.weight"))
         self.layers = nn.ModuleList(
-            DecoderLayer(spec, i, device=device, dtype=dtype) for i in range(spec.num_hidden_layers)
+            DecoderLayer(spec, i, weights.under(f"layers.{i}"))
+            for i in range(spec.num_hidden_layers)
         )
-        self.norm = GemmaNorm(spec.hidden_size, eps=spec.rms_norm_eps, device=device, dtype=dtype)
-        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, device=device, dtype=dtype)
-        if spec.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.norm = GemmaNorm(weights.parameter("norm.weight"), spec.rms_norm_eps)
+        self.lm_head = Linear(
+            self.embed_tokens.weight
+            if spec.tie_word_embeddings
+            else weights.parameter("lm_head.weight")
+        )
         self.rope = Rope(
             max_positions or spec.max_position_embeddings,
             spec.rotary_dim,

@@ -1,6 +1,5 @@
 """The target's feed-forward layers: dense, and routed experts beside a shared one."""
 
-import torch
 from torch import Tensor, nn
 
 from eaglerun.checkpoint.target import TargetSpec
@@ -8,18 +7,17 @@ from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.rows import Experts, Routing
 from eaglerun.kernels.swiglu_oai import swiglu_oai
-from eaglerun.models.layers import Linear, empty_parameter
+from eaglerun.models.allocation import Allocation
+from eaglerun.models.layers import Linear
 
 
 class DenseMLP(nn.Module):
     """down(swiglu_oai(gate_up(x))); gate rows, then up rows."""
 
-    def __init__(
-        self, spec: TargetSpec, width: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, spec: TargetSpec, weights: Allocation) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(spec.hidden_size, 2 * width, device=device, dtype=dtype)
-        self.down_proj = Linear(width, spec.hidden_size, device=device, dtype=dtype)
+        self.gate_up_proj = Linear(weights.parameter("gate_up_proj.weight"))
+        self.down_proj = Linear(weights.parameter("down_proj.weight"))
         self.activation = (spec.swiglu_alpha, spec.swiglu_limit, spec.swiglu_beta)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,17 +34,11 @@ class Gate(nn.Module):
     float64 model).
     """
 
-    def __init__(self, spec: TargetSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spec: TargetSpec, weights: Allocation) -> None:
         super().__init__()
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.weight = empty_parameter(
-            spec.num_experts, spec.hidden_size, device=device, dtype=dtype
-        )
-        self.e_score_correction_bias = (
-            empty_parameter(spec.num_experts, device=device, dtype=dtype)
-            if spec.use_routing_bias
-            else None
-        )
+        bias = "e_score_correction_bias"
+        self.weight = weights.parameter("weight")
+        self.e_score_correction_bias = weights.parameter(bias) if bias in weights else None
         self.topk = spec.num_experts_per_tok
         self.scale = spec.routed_scaling_factor
 
@@ -66,23 +58,20 @@ class Gate(nn.Module):
 class RoutedExperts(nn.Module):
     """w13 [E, 2 I, hidden] (w1 rows, then w3 rows) and w2 [E, hidden, I]."""
 
-    def __init__(self, spec: TargetSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Allocation) -> None:
         super().__init__()
-        count, width = spec.num_experts, spec.expert_intermediate_size
-        self.w13 = empty_parameter(count, 2 * width, spec.hidden_size, device=device, dtype=dtype)
-        self.w2 = empty_parameter(count, spec.hidden_size, width, device=device, dtype=dtype)
+        self.w13 = weights.parameter("w13")
+        self.w2 = weights.parameter("w2")
 
 
 class MoE(nn.Module):
     """Routed experts, their weights times routed_scaling_factor, plus the shared expert."""
 
-    def __init__(self, spec: TargetSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spec: TargetSpec, weights: Allocation) -> None:
         super().__init__()
-        self.gate = Gate(spec, device=device, dtype=dtype)
-        self.experts = RoutedExperts(spec, device=device, dtype=dtype)
-        self.shared_experts = DenseMLP(
-            spec, spec.shared_intermediate_size, device=device, dtype=dtype
-        )
+        self.gate = Gate(spec, weights.under("gate"))
+        self.experts = RoutedExperts(weights.under("experts"))
+        self.shared_experts = DenseMLP(spec, weights.under("shared_experts"))
         self.activation = (spec.swiglu_alpha, spec.swiglu_limit, spec.swiglu_beta)
 
     def forward(self, x: Tensor, positions: Tensor, num_experts: Tensor | None) -> Tensor:
