@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from eaglerun.plan.step import Admission, BlockUpdate, DecodeRow
 from eaglerun.sampling import SamplingState
-from eaglerun.step import Admission, BlockUpdate, DecodeRow
 
 
 class DeviceState:

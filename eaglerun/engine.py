@@ -10,7 +10,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from eaglerun.blocks import BlockPool
 from eaglerun.checkpoint.budget import KVBudget, MemoryUse, format_use, graph_outputs, size_kv
 from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.errors import ConfigError, RequestError
@@ -28,16 +27,17 @@ from eaglerun.messages import Event, Request
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.pending import AuxRows, PendingStep
+from eaglerun.plan.blocks import BlockPool
+from eaglerun.plan.draft_length import DraftLengthPolicy, FixedDraftLength
+from eaglerun.plan.scheduler import Scheduler, SchedulerLimits
+from eaglerun.plan.sequence import Sequence
+from eaglerun.plan.step import StepPlan, StepResult
+from eaglerun.plan.text import TextStream
 from eaglerun.progress import counter
 from eaglerun.runner import MAX_CAPTURED_ROWS, Runner, RunnerOptions
 from eaglerun.sampling import MAX_LOGIT_BIAS, MAX_STOP_IDS
-from eaglerun.scheduler import Scheduler, SchedulerLimits
-from eaglerun.sequence import Sequence
-from eaglerun.speculative.policy import DraftLengthPolicy, FixedDraftLength
-from eaglerun.speculative.stats import AcceptanceLog, EngineStats
 from eaglerun.speculative.verify import synthetic_rates
-from eaglerun.step import StepPlan, StepResult
-from eaglerun.text import TextStream
+from eaglerun.stats import AcceptanceLog, EngineStats
 
 log = logging.getLogger("eaglerun")
 

@@ -26,7 +26,7 @@ from eaglerun.memory import CudaMemory, DeviceMemory, before_loading
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.text import read_tokenizer
+from eaglerun.plan.text import read_tokenizer
 from eaglerun.threads import use_threads
 
 DEMO = Path(next(iter(configs.__path__))) / "demo"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from eaglerun.messages import TokenLogprobs
+from eaglerun.plan.step import StepPlan, StepResult, StepTimes
 from eaglerun.sampling import LogprobRows
-from eaglerun.step import StepPlan, StepResult, StepTimes
 
 
 @dataclass(slots=True)

@@ -34,6 +34,7 @@ from eaglerun.pending import (
     Prefilled,
     PromptLogprobs,
 )
+from eaglerun.plan.step import PrefillChunk, StepPlan
 from eaglerun.sampling import (
     MAX_STOP_IDS,
     Features,
@@ -46,7 +47,6 @@ from eaglerun.sampling import (
 )
 from eaglerun.speculative.eagle3 import Sampler, fill_accepted, propose
 from eaglerun.speculative.verify import Drafts, verify
-from eaglerun.step import PrefillChunk, StepPlan
 
 # Above so many verify rows launches are cheap beside the work, and graphs only cost memory.
 MAX_CAPTURED_ROWS = 512

@@ -11,6 +11,7 @@ import orjson
 from eaglerun.chat_template import read_json, read_template
 from eaglerun.conversation import THINKING_MODES
 from eaglerun.errors import CheckpointError, RequestError
+from eaglerun.plan.text import read_tokenizer
 from eaglerun.server.failures import ApiError, new_id, overloaded, refuse
 from eaglerun.server.fields import EFFORTS
 from eaglerun.server.parsers.reasoning import THINK_CLOSE, THINK_OPEN, Start
@@ -21,7 +22,6 @@ from eaglerun.server.protocol import AssistantMessage, Message, ToolCall
 from eaglerun.server.settings import Limits, SamplingDefaults, Settings
 from eaglerun.server.template import ChatTemplate
 from eaglerun.server.vocabulary import Vocabulary
-from eaglerun.text import read_tokenizer
 
 _T = TypeVar("_T")
 

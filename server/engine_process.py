@@ -22,7 +22,7 @@ from eaglerun.server import wire
 from eaglerun.server.link import BadFrame, Hangup, HttpLink
 from eaglerun.server.logs import configure_logging, never_waiting
 from eaglerun.server.wire import Totals
-from eaglerun.speculative.stats import EngineStats
+from eaglerun.stats import EngineStats
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from eaglerun.messages import SpeculationStats
 from eaglerun.server.wire import Totals
-from eaglerun.speculative.stats import AcceptanceLog
+from eaglerun.stats import AcceptanceLog
 
 log = logging.getLogger(__name__)
 

@@ -26,14 +26,14 @@ from eaglerun.messages import (
     TokenLogprobs,
     Tokens,
 )
+from eaglerun.plan.text import TextStream
 from eaglerun.server.app import create_app
 from eaglerun.server.chat import Chat
 from eaglerun.server.client import EngineClient, EngineStatus
 from eaglerun.server.settings import Settings
 from eaglerun.server.template import ChatTemplate
 from eaglerun.server.vocabulary import Vocabulary
-from eaglerun.speculative.stats import AcceptanceCounter
-from eaglerun.text import TextStream
+from eaglerun.stats import AcceptanceCounter
 
 MODEL = "tiny/fake-m3"
 SPECIAL = ("]~!b[", "]~b]", "[e~[")

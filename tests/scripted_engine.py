@@ -21,7 +21,7 @@ from eaglerun.messages import (
     Tokens,
 )
 from eaglerun.server.engine_process import Served, run
-from eaglerun.speculative.stats import AcceptanceCounter, EngineStats
+from eaglerun.stats import AcceptanceCounter, EngineStats
 
 FOREVER = 1 << 30
 

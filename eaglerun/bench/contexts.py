@@ -17,8 +17,8 @@ from eaglerun.bench.latency import share
 from eaglerun.bench.profile import WARM_STEPS, profile_decode
 from eaglerun.bench.table import Columns, Table, number, percent, say
 from eaglerun.bench.workbench import Workbench
-from eaglerun.blocks import hash_block, root_name
 from eaglerun.engine import Engine
+from eaglerun.plan.blocks import hash_block, root_name
 
 BATCHES = (1, 8, 32)
 PROFILED_STEPS = 4

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from eaglerun.engine import Engine
 from eaglerun.errors import EngineError
 from eaglerun.messages import Failed, Finished, Request, SamplingParams, Tokens
-from eaglerun.step import StepPlan, StepResult
+from eaglerun.plan.step import StepPlan, StepResult
 
 _RUNS = itertools.count()
 

@@ -30,8 +30,8 @@ from eaglerun.errors import ConfigError
 from eaglerun.llm import LLM
 from eaglerun.loader import Models, cache_dtypes, load_models
 from eaglerun.messages import MAX_DRAFT_TOKENS, SamplingParams
-from eaglerun.speculative.policy import FixedDraftLength
-from eaglerun.step import StepPlan, StepResult
+from eaglerun.plan.draft_length import FixedDraftLength
+from eaglerun.plan.step import StepPlan, StepResult
 
 # A sequence may end so many tokens before max_model_len that its last drafts need no cutting.
 _ROOM = MAX_DRAFT_TOKENS + 1

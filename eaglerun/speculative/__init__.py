@@ -1,1 +1,1 @@
-"""Propose, verify and count: what speculation adds to a decode step."""
+"""Propose and verify: what speculation adds to a decode step."""

@@ -18,8 +18,8 @@ from eaglerun.llm import LLM
 from eaglerun.loader import Models
 from eaglerun.messages import Event, Request, SamplingParams
 from eaglerun.models.layers import Linear
+from eaglerun.plan.step import Admission, DecodeRow, PrefillChunk, StepPlan, StepResult
 from eaglerun.server import cli
-from eaglerun.step import Admission, DecodeRow, PrefillChunk, StepPlan, StepResult
 
 
 def test_float32_is_equal_token_for_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -10,7 +10,6 @@ import torch
 from engine.schedules import pair
 from pairs import without_draft
 
-from eaglerun.blocks import hash_block, root_name
 from eaglerun.checkpoint.budget import kv_budget
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
@@ -19,6 +18,7 @@ from eaglerun.llm import LLM
 from eaglerun.loader import Checkpoints, kv_budget_of, refuse_what_cannot_fit
 from eaglerun.memory import weights_of, widest_plans
 from eaglerun.messages import SamplingParams
+from eaglerun.plan.blocks import hash_block, root_name
 from eaglerun.runner import Runner, RunnerOptions
 
 MODELS = pair(0, 4, torch.float64)

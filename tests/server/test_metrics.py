@@ -13,7 +13,7 @@ from eaglerun.messages import Finished, FinishReason, SpeculationStats
 from eaglerun.server.metrics import LENGTHS, SECONDS, Exposition, Histogram, RequestMetrics
 from eaglerun.server.monitor import NUM_SAMPLES, Monitor
 from eaglerun.server.wire import Totals, less
-from eaglerun.speculative.stats import AcceptanceCounter
+from eaglerun.stats import AcceptanceCounter
 
 ROOT = Path(__file__).resolve().parents[2]
 

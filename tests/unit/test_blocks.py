@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eaglerun.blocks import BlockPool, hash_block, root_name
 from eaglerun.errors import EngineError
+from eaglerun.plan.blocks import BlockPool, hash_block, root_name
 
 
 def test_a_name_covers_everything_before_it():

@@ -2,13 +2,13 @@
 
 import pytest
 
-from eaglerun.blocks import BlockPool
 from eaglerun.errors import EngineError
 from eaglerun.messages import Finished, Request, SamplingParams, Tokens
-from eaglerun.scheduler import Scheduler, SchedulerLimits
-from eaglerun.sequence import Sequence
-from eaglerun.speculative.policy import FixedDraftLength
-from eaglerun.step import StepPlan, StepResult
+from eaglerun.plan.blocks import BlockPool
+from eaglerun.plan.draft_length import FixedDraftLength
+from eaglerun.plan.scheduler import Scheduler, SchedulerLimits
+from eaglerun.plan.sequence import Sequence
+from eaglerun.plan.step import StepPlan, StepResult
 
 EOS = 0
 

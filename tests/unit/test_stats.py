@@ -3,7 +3,7 @@
 import pytest
 
 from eaglerun.errors import EngineError
-from eaglerun.speculative.stats import (
+from eaglerun.stats import (
     AcceptanceCounter,
     AcceptanceLog,
     EngineStats,

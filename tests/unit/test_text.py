@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from eaglerun.text import TextStream
+from eaglerun.plan.text import TextStream
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from eaglerun.blocks import BlockPool
 from eaglerun.errors import EngineError
 from eaglerun.messages import (
     Event,
@@ -21,10 +20,10 @@ from eaglerun.messages import (
     TokenLogprobs,
     Tokens,
 )
-from eaglerun.sequence import Sequence, Status
-from eaglerun.speculative.policy import DraftLengthPolicy
-from eaglerun.speculative.stats import EngineStats
-from eaglerun.step import (
+from eaglerun.plan.blocks import BlockPool
+from eaglerun.plan.draft_length import DraftLengthPolicy
+from eaglerun.plan.sequence import Sequence, Status
+from eaglerun.plan.step import (
     Admission,
     BlockUpdate,
     DecodeRow,
@@ -32,6 +31,7 @@ from eaglerun.step import (
     StepPlan,
     StepResult,
 )
+from eaglerun.stats import EngineStats
 
 
 @dataclass(frozen=True, slots=True)

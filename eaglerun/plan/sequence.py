@@ -3,10 +3,10 @@
 from collections.abc import Sequence as TokenIds
 from enum import Enum, auto
 
-from eaglerun.blocks import hash_block, root_name
 from eaglerun.messages import Request, TokenLogprobs
-from eaglerun.speculative.stats import AcceptanceCounter
-from eaglerun.text import TextStream
+from eaglerun.plan.blocks import hash_block, root_name
+from eaglerun.plan.text import TextStream
+from eaglerun.stats import AcceptanceCounter
 
 
 class Status(Enum):
