@@ -29,7 +29,8 @@ from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.pending import AuxRows, PendingStep
 from eaglerun.plan.blocks import BlockPool
 from eaglerun.plan.draft_length import DraftLengthPolicy, FixedDraftLength
-from eaglerun.plan.scheduler import Scheduler, SchedulerLimits
+from eaglerun.plan.limits import SchedulerLimits
+from eaglerun.plan.scheduler import Scheduler
 from eaglerun.plan.sequence import Sequence
 from eaglerun.plan.step import StepPlan, StepResult
 from eaglerun.plan.text import TextStream

@@ -5,6 +5,7 @@ from enum import Enum, auto
 
 from eaglerun.messages import Request, TokenLogprobs
 from eaglerun.plan.blocks import hash_block, root_name
+from eaglerun.plan.step import DecodeRow, PrefillChunk
 from eaglerun.plan.text import TextStream
 from eaglerun.stats import AcceptanceCounter
 
@@ -82,6 +83,22 @@ class Sequence:
     def max_len(self) -> int:
         """Upper bound of the length once the steps in flight are committed."""
         return len(self.token_ids) + self.max_in_flight_tokens
+
+    def launched(self, part: DecodeRow | PrefillChunk) -> None:
+        """A step with this part of the sequence is in flight: widen what the length may be."""
+        self.num_in_flight += 1
+        self.max_in_flight_tokens += part.max_emitted
+        self.min_in_flight_tokens += part.min_emitted
+        if part.min_emitted:
+            self.num_proposed = part.num_propose
+        if isinstance(part, PrefillChunk):
+            self.num_planned = part.end
+
+    def landed(self, part: DecodeRow | PrefillChunk) -> None:
+        """The oldest step in flight is committed, and this was the sequence's part of it."""
+        self.num_in_flight -= 1
+        self.max_in_flight_tokens -= part.max_emitted
+        self.min_in_flight_tokens -= part.min_emitted
 
     @property
     def prefill_planned(self) -> bool:

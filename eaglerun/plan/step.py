@@ -49,6 +49,15 @@ class DecodeRow:
     num_propose: int
     max_len: int
 
+    @property
+    def max_emitted(self) -> int:
+        """Tokens that the step emits at most: all the drafts, and the target's own."""
+        return self.num_drafts + 1
+
+    @property
+    def min_emitted(self) -> int:
+        return 1
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
@@ -73,6 +82,15 @@ class PrefillChunk:
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
+
+    @property
+    def max_emitted(self) -> int:
+        """Tokens that the step emits at most, and at least: the one it samples, if it does."""
+        return int(self.samples)
+
+    @property
+    def min_emitted(self) -> int:
+        return int(self.samples)
 
 
 @dataclass(frozen=True, slots=True)

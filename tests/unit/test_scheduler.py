@@ -6,7 +6,8 @@ from eaglerun.errors import EngineError
 from eaglerun.messages import Finished, Request, SamplingParams, Tokens
 from eaglerun.plan.blocks import BlockPool
 from eaglerun.plan.draft_length import FixedDraftLength
-from eaglerun.plan.scheduler import Scheduler, SchedulerLimits
+from eaglerun.plan.limits import SchedulerLimits
+from eaglerun.plan.scheduler import Scheduler
 from eaglerun.plan.sequence import Sequence
 from eaglerun.plan.step import StepPlan, StepResult
 
