@@ -32,7 +32,7 @@ from eaglerun.plan.draft_length import DraftLengthPolicy, FixedDraftLength
 from eaglerun.plan.limits import SchedulerLimits
 from eaglerun.plan.scheduler import Scheduler
 from eaglerun.plan.sequence import Sequence
-from eaglerun.plan.step import StepPlan, StepResult
+from eaglerun.plan.step import STEP_TIMEOUT_S, StepPlan, StepResult
 from eaglerun.plan.text import TextStream
 from eaglerun.progress import counter
 from eaglerun.runner import MAX_CAPTURED_ROWS, Runner, RunnerOptions
@@ -252,7 +252,7 @@ class Engine:
         return self.scheduler.fail_all(message)
 
     def _commit(self, pending: PendingStep) -> list[Event]:
-        result = pending.result()
+        result = pending.result(STEP_TIMEOUT_S)
         if self.config.output.return_aux_hidden_states:
             slots = self.scheduler.oldest_slots()
             for rows in pending.aux:

@@ -31,3 +31,7 @@ class CapacityError(EaglerunError):
 
 class EngineError(EaglerunError):
     """The engine broke its own rules or died; every request in it has failed."""
+
+
+class RankFailed(EngineError):
+    """A rank died, or did not do a step in time."""

@@ -17,7 +17,7 @@ from eaglerun.errors import CapacityError
 from eaglerun.messages import MAX_LOGPROBS, SamplingParams
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.plan.step import Admission, DecodeRow, PrefillChunk, StepPlan
+from eaglerun.plan.step import STEP_TIMEOUT_S, Admission, DecodeRow, PrefillChunk, StepPlan
 from eaglerun.runner import Runner, RunnerOptions
 
 # The device gives out large tensors in whole pages.
@@ -137,10 +137,10 @@ def measure(
             max_chunk_tokens,
             runner.target.spec.vocab_size,
         )
-        runner.launch(prefill).result()
+        runner.launch(prefill).result(STEP_TIMEOUT_S)
         widest = memory.peak() - idle
         between = memory.settle()
-        runner.launch(decode).result()
+        runner.launch(decode).result(STEP_TIMEOUT_S)
         fullest = memory.peak() - between
     except torch.OutOfMemoryError as error:
         raise CapacityError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eaglerun.errors import RankFailed
 from eaglerun.messages import TokenLogprobs
 from eaglerun.plan.step import StepPlan, StepResult, StepTimes
 from eaglerun.sampling import LogprobRows
@@ -51,7 +52,7 @@ class Prefilled:
 
 
 class PendingStep:
-    """A launched step. ``result`` waits for the device."""
+    """A launched step. ``result`` waits for the device, but not for ever."""
 
     def __init__(
         self,
@@ -67,9 +68,16 @@ class PendingStep:
         self._prefilled = prefilled
         self._clock = clock
 
-    def result(self) -> StepResult:
+    def result(self, timeout_s: float) -> StepResult:
+        """Wait for the device and read what it computed.
+
+        Raises  RankFailed where the step is not done after ``timeout_s``.
+        """
         plan = self.plan
-        self._clock.wait()
+        if not self._clock.wait(timeout_s):
+            raise RankFailed(
+                f"step {plan.step_id} is not done after {timeout_s:g} s: the device hangs"
+            )
         num_experts = 0
         decode: tuple[tuple[int, ...], ...] = ()
         accepted: tuple[int, ...] = ()
@@ -138,11 +146,20 @@ class Clock:
     def end(self) -> None:
         self._mark("other")
 
-    def wait(self) -> None:
-        """Until the device has reached the last mark; what was copied to the host is there."""
+    def wait(self, timeout_s: float) -> bool:
+        """Until the device has reached the last mark; what was copied to the host is there then.
+
+        False where it has not after ``timeout_s``. The event is asked again and again, because
+        synchronize() knows no end; between two questions other threads may run.
+        """
         last = self._marks[-1][1]
         if isinstance(last, torch.cuda.Event):
-            last.synchronize()
+            deadline = time.monotonic() + timeout_s
+            while not last.query():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0)
+        return True
 
     def times(self) -> StepTimes:
         spent = {"target": 0.0, "draft": 0.0, "other": 0.0}

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from eaglerun.messages import SamplingParams, TokenLogprobs
 
+# A launched step that is not done after so long never will be: a device or a rank hangs. The widest
+# prefill takes seconds; what is compiled or captured first is done before a launch returns.
+STEP_TIMEOUT_S = 300.0
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
