@@ -111,7 +111,9 @@ def _live(make_engine: MakeEngine, start: wire.Start) -> int:
         )
         EngineLoop(engine, link).run()
         return 0
-    except Hangup:
+    except Hangup as error:
+        if error.args:
+            log.error("the HTTP process hangs, and the engine ends: %s", error)
         return HTTP_ENDED
     except BadFrame as error:
         log.error("bad frame from the HTTP process; the engine ends: %s", error)

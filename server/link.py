@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import struct
 from collections.abc import Callable
 from typing import cast
 
@@ -26,12 +27,14 @@ READ_BYTES = 1 << 18
 MAX_FRAME_BYTES = 1 << 29
 # How long the last frames of an engine that has ended may take.
 LAST_FRAMES_S = 1.0
+# An HTTP process that takes nothing for so long hangs; while it only is behind, the engine waits.
+SEND_TIMEOUT_S = 300.0
 # What decoding raises; text that is no UTF-8 has an error of its own.
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError)
 
 
 class Hangup(Exception):
-    """The process at the other end has ended."""
+    """The process at the other end has ended, or hangs, which the message says then."""
 
 
 class BadFrame(Exception):
@@ -170,17 +173,21 @@ class EngineLink(asyncio.Protocol):
 
 
 class HttpLink:
-    """The engine's end, an open file. Raises Hangup where the HTTP process has ended, BadFrame for
-    what is not a command."""
+    """The engine's end, an open file. Raises Hangup where the HTTP process has ended or hangs,
+    BadFrame for what is not a command."""
 
     def __init__(self, file: int) -> None:
         self._frames = Frames()
         self._socket = socket.socket(fileno=file)
+        limit = struct.pack("@ll", int(SEND_TIMEOUT_S), int(SEND_TIMEOUT_S % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def send(self, report: wire.Report) -> None:
         """Waits while the HTTP process is behind by what the socket holds."""
         try:
             self._socket.sendall(frame(wire.encode(report)))
+        except BlockingIOError:
+            raise Hangup(f"it took nothing for {SEND_TIMEOUT_S:g} s") from None
         except ConnectionError:
             raise Hangup from None
 
