@@ -436,6 +436,14 @@ class Config:
             return 1.0 + spec.num_draft_tokens * spec.synthetic_acceptance_rate
         return spec.synthetic_acceptance_length
 
+    def longest(self, limit: int) -> int:
+        """The longest sequence that is asked for, or else the checkpoint's ``limit``. ConfigError
+        where more is asked for than that."""
+        wish = self.model.max_model_len
+        if wish is not None and wish > limit:
+            raise ConfigError(f"max_model_len = {wish}: the checkpoint allows at most {limit}")
+        return wish or limit
+
     def to_toml(self) -> str:
         """The effective values as a TOML file that resolve() reads back; secrets are masked."""
         lines = []

@@ -25,7 +25,9 @@ from eaglerun.messages import (
     TokenLogprobs,
     Tokens,
 )
+from eaglerun.pending import AuxRows
 from eaglerun.progress import TokenBar
+from eaglerun.start import start_engine
 
 Prompt = str | list[int] | tuple[int, ...]
 
@@ -114,7 +116,7 @@ class LLM:
         settings = {**config, "model": model, "num_draft_tokens": num_draft_tokens}
         if draft is not None:
             settings["draft"] = draft
-        self.engine = Engine.from_config(resolve(settings), progress=progress)
+        self.engine = start_engine(resolve(settings), progress=progress)
         self._calls = 0
 
     @classmethod
@@ -348,9 +350,10 @@ class LLM:
 
     def _aux(self, request: Request, index: int, num_output: int) -> Tensor | None:
         """The hidden states of every position but the last, later steps over earlier ones."""
-        parts = self.engine.aux.pop((request.request_id, index), None)
-        if parts is None:
+        filed = self.engine.aux.pop((request.request_id, index), None)
+        if filed is None:
             return None
+        parts = [part for part in filed if isinstance(part, AuxRows)]
         size = len(request.prompt_ids) + num_output - 1
         first = parts[0].hidden
         whole = torch.full((first.shape[0], size, first.shape[2]), torch.nan, dtype=first.dtype)

@@ -11,6 +11,8 @@ from eaglerun.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_DRAFT_TOKENS = 8
+MAX_STOP_IDS = 64
+MAX_LOGIT_BIAS = 300
 MAX_INT = 2**31 - 1
 
 

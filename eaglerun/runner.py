@@ -22,7 +22,7 @@ from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_inputs import kv_slots_of, newest_inputs, verify_inputs
 from eaglerun.kernels.launch import invariant, overlapping
 from eaglerun.kernels.rows import Newest, Rows
-from eaglerun.messages import SamplingParams
+from eaglerun.messages import MAX_STOP_IDS, SamplingParams
 from eaglerun.models.attention import DraftKV, KVRegion, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
@@ -36,7 +36,6 @@ from eaglerun.pending import (
 )
 from eaglerun.plan.step import PrefillChunk, StepPlan
 from eaglerun.sampling import (
-    MAX_STOP_IDS,
     Features,
     LogprobRows,
     SlotRows,

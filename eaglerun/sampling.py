@@ -15,11 +15,7 @@ from torch import Tensor
 from eaglerun.kernels.noise import TOKEN, gumbel_argmax
 from eaglerun.kernels.reference import wide
 from eaglerun.kernels.vocab_argmax import vocab_argmax
-from eaglerun.messages import SamplingParams
-
-# Fixed widths of the per-slot lists, so that their tensors keep their addresses.
-MAX_STOP_IDS = 64
-MAX_LOGIT_BIAS = 300
+from eaglerun.messages import MAX_LOGIT_BIAS, SamplingParams
 
 
 class SamplingState:

@@ -77,12 +77,12 @@ def generate(config: Config, flags: argparse.Namespace) -> int:
         raise ConfigError(f"{name} goes through the chat template, which --raw leaves out")
     _say_what_comes(config)
     # torch takes seconds to import, and a server's HTTP process has no use for it.
-    from eaglerun.engine import Engine
     from eaglerun.llm import LLM
     from eaglerun.server.local_partner import parts_of
+    from eaglerun.start import start_engine
 
     screen = Screen(sys.stdout, sys.stderr)
-    llm = LLM.from_engine(Engine.from_config(config, progress=None))
+    llm = LLM.from_engine(start_engine(config, progress=None))
     raw = flags.raw
     if not raw and llm.chat_template is None:
         raw = True
@@ -165,10 +165,10 @@ def _local(config: Config) -> Partner:
     _say_what_comes(config)
     # See generate.
     from eaglerun.chat_template import load_chat_template
-    from eaglerun.engine import Engine
     from eaglerun.llm import LLM
     from eaglerun.loader import read_checkpoints
     from eaglerun.server.local_partner import InProcess
+    from eaglerun.start import start_engine
 
     found = read_checkpoints(config)
     file = config.server.chat_template
@@ -178,7 +178,7 @@ def _local(config: Config) -> Partner:
             f"{found.name} has no chat template, and so no chat: --chat-template FILE brings one, "
             "eaglerun generate --raw completes text"
         )
-    return InProcess(LLM.from_engine(Engine.from_config(config, progress=None)))
+    return InProcess(LLM.from_engine(start_engine(config, progress=None)))
 
 
 def _remote(config: Config, flags: argparse.Namespace) -> Partner:

@@ -15,9 +15,8 @@ from fake_engine import TOKENIZER
 from pairs import tiny_pair
 
 from eaglerun.config import Config
-from eaglerun.engine import Engine
-from eaglerun.server.engine_main import warm_up
 from eaglerun.server.engine_process import Served, run
+from eaglerun.start import start_engine, warm_up
 
 
 def main() -> int:
@@ -34,7 +33,7 @@ def main() -> int:
         models = dataclasses.replace(models, tokenizer=TOKENIZER, path=checkpoint)
         if flags.broken_layer is not None:
             models.target.layers[flags.broken_layer].self_attn.o_proj.weight.fill_(torch.nan)
-        engine = Engine(config, models)
+        engine = start_engine(config, models)
         warm_up(engine)
         if flags.poison is not None:
             models.target.embed_tokens.weight[flags.poison] = torch.nan

@@ -14,13 +14,13 @@ from torch import Tensor
 from eaglerun.bench.table import Columns, Table, number, percent, say
 from eaglerun.bench.workbench import Workbench
 from eaglerun.config import Config, SpeculationConfig
-from eaglerun.engine import Engine
 from eaglerun.kernels.rows import Rows
 from eaglerun.llm import LLM
 from eaglerun.loader import cache_dtypes
 from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import MiniMaxM3
+from eaglerun.start import start_engine
 
 # (kv_cache_dtype, index_cache_dtype)
 PAIRS = (("bfloat16", "bfloat16"), ("fp8", "auto"), ("auto", "fp8"), ("fp8", "fp8"))
@@ -119,7 +119,7 @@ def _dtypes(
 
 def _texts(bench: Workbench, config: Config) -> dict[str, list[Text]]:
     """By task: prompts with their greedy answers. The engine is gone afterwards."""
-    llm = LLM.from_engine(Engine(config, bench.models))
+    llm = LLM.from_engine(start_engine(config, bench.models))
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     found = {}
     # As in Workbench.prompts: only chats need the server's packages.

@@ -19,6 +19,7 @@ from eaglerun.bench.table import Columns, Table, number, percent, say
 from eaglerun.bench.workbench import Workbench
 from eaglerun.engine import Engine
 from eaglerun.plan.blocks import hash_block, root_name
+from eaglerun.ranks.local import runner_of
 
 BATCHES = (1, 8, 32)
 PROFILED_STEPS = 4
@@ -94,8 +95,8 @@ def _output_len(num_steps: int, num_draft_tokens: int) -> int:
 
 def fill_memory(engine: Engine, seed: int) -> None:
     """Random numbers everywhere in the engine's KV memory: cells no request wrote."""
-    generator = torch.Generator(device=engine.runner.device).manual_seed(seed)
-    for region in engine.runner.kv_regions():
+    generator = torch.Generator(device=runner_of(engine).device).manual_seed(seed)
+    for region in runner_of(engine).kv_regions():
         _randomize(region.tensor, generator)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from eaglerun.config import Config
-from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError, EngineError
 from eaglerun.llm import LLM
 from eaglerun.loader import DEMO, Models
@@ -25,6 +24,7 @@ from eaglerun.messages import SamplingParams, SpeculationStats
 from eaglerun.server.chat import load_chat
 from eaglerun.server.protocol import UserMessage
 from eaglerun.server.settings import Limits
+from eaglerun.start import start_engine
 
 # Word problems of trained templates with new numbers, of templates never trained on, and
 # questions about a note far back in a long prompt.
@@ -165,7 +165,7 @@ def in_process(
         raise ConfigError(
             "synthetic acceptance and scripted tokens make text meaningless: not usable with eval"
         )
-    llm = LLM.from_engine(Engine(config, models))
+    llm = LLM.from_engine(start_engine(config, models))
     params = SamplingParams(
         temperature=0.0,
         max_tokens=max_tokens,

@@ -25,13 +25,14 @@ from torch import Tensor
 from eaglerun.bench.divergence import KINDS, Explanation, Replay, Selections
 from eaglerun.bench.table import Columns, Table, number, percent, say
 from eaglerun.config import Config
-from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError
 from eaglerun.llm import LLM
 from eaglerun.loader import Models, cache_dtypes, load_models
 from eaglerun.messages import MAX_DRAFT_TOKENS, SamplingParams
 from eaglerun.plan.draft_length import FixedDraftLength
 from eaglerun.plan.step import StepPlan, StepResult
+from eaglerun.ranks.local import runner_of
+from eaglerun.start import start_engine
 
 # A sequence may end so many tokens before max_model_len that its last drafts need no cutting.
 _ROOM = MAX_DRAFT_TOKENS + 1
@@ -265,15 +266,15 @@ class Check:
             scheduling=dataclasses.replace(config.scheduling, max_num_seqs=seqs),
         )
         policy = None if num_drafts is None else FixedDraftLength(num_drafts)
-        engine = Engine(config, self.models, policy)
+        engine = start_engine(config, self.models, policy)
         if options.acceptance is not None and num_drafts and plain is not None:
             rate = right_rate(options.acceptance, num_drafts)
-            engine.runner.state.write_script = script_of(
+            runner_of(engine).state.write_script = script_of(
                 self.prompts, plain.tokens, rate, vocab_size, options.seed
             )
         judged = Judged(len(self.prompts))
         engine.observer = judged
-        selections = Selections(engine.runner, len(self.prompts), self._longest)
+        selections = Selections(runner_of(engine), len(self.prompts), self._longest)
         # Random prompts have no end of their own.
         params = [
             SamplingParams(

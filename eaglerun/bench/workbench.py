@@ -17,6 +17,7 @@ from eaglerun.config import Config
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError
 from eaglerun.loader import Models, kv_budget_of, load_models
+from eaglerun.start import start_engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +132,19 @@ class Workbench:
         )
         kept = self._engines.get(draft)
         if kept is None or kept[0] != config:
-            self._engines.pop(draft, None)
+            if kept is not None:
+                del self._engines[draft]
+                kept[1].rank.close()
             kept = None
             self._collect()
-            kept = (config, Engine(config, self.models))
+            kept = (config, start_engine(config, self.models))
             self._engines[draft] = kept
         return kept[1]
 
     def drop_engines(self) -> None:
         """Give the engines' memory back."""
+        for _, engine in self._engines.values():
+            engine.rank.close()
         self._engines.clear()
         self._collect()
 

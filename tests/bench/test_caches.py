@@ -9,10 +9,10 @@ from engine.schedules import pair
 
 from eaglerun.bench import caches, evaluate
 from eaglerun.config import resolve
-from eaglerun.engine import Engine
 from eaglerun.llm import LLM
 from eaglerun.messages import SamplingParams
 from eaglerun.server import cli
+from eaglerun.start import start_engine
 
 TARGET = pair(0, 4, torch.float64).target
 TEXT = tuple(1 + (7 * i * i + 3 * i) % 39 for i in range(60))
@@ -23,7 +23,7 @@ FP8 = torch.float8_e4m3fn
 def test_the_logits_are_the_engines(monkeypatch: pytest.MonkeyPatch):
     """Greedy answers follow from them, however the text is cut; blocks are dropped on the way."""
     settings = {"max_model_len": 96, "num_kv_blocks": 40, "log_stats_every": 0}
-    engine = Engine(resolve(settings, environ={}), pair(0, 4, torch.float64))
+    engine = start_engine(resolve(settings, environ={}), pair(0, 4, torch.float64))
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     answer = LLM.from_engine(engine).generate([TEXT], params, progress=False)[0].token_ids
     text = (*TEXT, *answer[:-1])

@@ -9,6 +9,7 @@ import torch
 from lossless_check import FLAGS, check, pair
 from torch import Tensor
 
+from eaglerun import start
 from eaglerun.bench import lossless
 from eaglerun.bench.divergence import Replay, Selections, step_of
 from eaglerun.bench.lossless import Judged, first_difference, read_prompts, right_rate, script_of
@@ -19,7 +20,9 @@ from eaglerun.loader import Models
 from eaglerun.messages import Event, Request, SamplingParams
 from eaglerun.models.layers import Linear
 from eaglerun.plan.step import Admission, DecodeRow, PrefillChunk, StepPlan, StepResult
+from eaglerun.ranks.local import runner_of
 from eaglerun.server import cli
+from eaglerun.start import start_engine
 
 
 def test_float32_is_equal_token_for_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -72,7 +75,7 @@ class Rounding(Engine):
             module.register_forward_hook(
                 lambda _, args, y: (y * (1 + 2**-10 * torch.randn(y.shape))).to(y.dtype)
             )
-            for module in self.runner.target.modules()
+            for module in runner_of(self).target.modules()
             if isinstance(module, Linear)
         ]
         events = super().step()
@@ -82,7 +85,7 @@ class Rounding(Engine):
 
 
 def test_bfloat16_parts_at_near_ties(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(lossless, "Engine", Rounding)
+    monkeypatch.setattr(start, "Engine", Rounding)
     torch.manual_seed(0)
     flags = ("--num-prompts=24", "--max-num-seqs=24", "--num-drafts=7", "--acceptance=0.7")
     code, [row] = check(monkeypatch, tmp_path, torch.bfloat16, *flags)
@@ -104,7 +107,7 @@ class Corrupted(Engine):
 
     def step(self) -> list[Event]:
         if self.num_draft_tokens:
-            self.runner.target_kv.layers[2].v[:, 0] = 0
+            runner_of(self).target_kv.layers[2].v[:, 0] = 0
         return super().step()
 
 
@@ -112,7 +115,7 @@ class Careless(Engine):
     """With a draft, one layer's router forgets its bias."""
 
     def step(self) -> list[Event]:
-        gate = self.runner.target.layers[2].mlp.gate
+        gate = runner_of(self).target.layers[2].mlp.gate
         kept = gate.e_score_correction_bias
         if self.num_draft_tokens:
             gate.e_score_correction_bias = torch.nn.Parameter(0 * kept, requires_grad=False)
@@ -126,7 +129,7 @@ class Careless(Engine):
 def test_a_fault_is_not_explained_away(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: type[Engine], dtype: torch.dtype
 ):
-    monkeypatch.setattr(lossless, "Engine", fault)
+    monkeypatch.setattr(start, "Engine", fault)
     code, [row] = check(monkeypatch, tmp_path, dtype, "--num-drafts=2", "--acceptance=0.7")
     assert code == 1
     assert row["by_kind"]["unexplained"] > 1
@@ -139,7 +142,7 @@ def test_an_early_end_is_no_rounding(monkeypatch: pytest.MonkeyPatch, tmp_path: 
                 request = replace(request, sampling=replace(request.sampling, max_tokens=5))
             super().submit(request)
 
-    monkeypatch.setattr(lossless, "Engine", Hasty)
+    monkeypatch.setattr(start, "Engine", Hasty)
     code, [row] = check(monkeypatch, tmp_path, torch.float32, "--num-drafts=1")
     assert code == 1
     assert [(d["sequence"], d["at"], d["draft"]) for d in row["divergences"]] == [(3, 5, -1)]
@@ -155,8 +158,8 @@ def differing_runs(
     config = resolve({"device": "cpu", "num_kv_blocks": 16, "max_model_len": 64}, environ={})
     tokens, selections = [], []
     for share in (0.0, 1.0):
-        engine = Engine(config, Models("tiny", models.target, None, (0,)))
-        recorded = Selections(engine.runner, 1, 32)
+        engine = start_engine(config, Models("tiny", models.target, None, (0,)))
+        recorded = Selections(runner_of(engine), 1, 32)
         kept = bias.clone()
         bias.add_(share * turned)
         params = SamplingParams(temperature=0.0, max_tokens=1, seed=0, ignore_eos=True)

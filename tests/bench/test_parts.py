@@ -17,6 +17,7 @@ from eaglerun.errors import ConfigError, EngineError
 from eaglerun.loader import load_models
 from eaglerun.messages import Finished, Request, SamplingParams
 from eaglerun.server import cli
+from eaglerun.start import start_engine
 
 SETTINGS = (
     "--max-num-seqs=3",
@@ -146,7 +147,7 @@ def test_memory_is_sized_without_the_last_engine(tmp_path: Path, monkeypatch: py
     alive: list[int] = []
 
     def watched(*args: object) -> Engine:
-        new = Engine(*args)
+        new = start_engine(*args)
         made.append(weakref.ref(new))
         return new
 
@@ -154,7 +155,7 @@ def test_memory_is_sized_without_the_last_engine(tmp_path: Path, monkeypatch: py
         alive.append(sum(ref() is not None for ref in made))
         return 50
 
-    monkeypatch.setattr(workbench, "Engine", watched)
+    monkeypatch.setattr(workbench, "start_engine", watched)
     monkeypatch.setattr(workbench.Workbench, "free_blocks", free_blocks)
     bench(tmp_path, "latency,contexts,prefill", "--context=30", "--concurrency=1")
     assert len(made) == 5 and alive == [0, 0]
@@ -230,7 +231,7 @@ def test_bad_flags(argv: list[str], words: str, capsys: pytest.CaptureFixture[st
 
 def engine(**settings: object) -> Engine:
     given = {"draft": "t", "max_model_len": 120, "num_kv_blocks": 60, "log_stats_every": 0}
-    return Engine(resolve(given | settings, environ={}), tiny_pair())
+    return start_engine(resolve(given | settings, environ={}), tiny_pair())
 
 
 def test_a_published_context_is_all_but_its_last_token_there():

@@ -22,6 +22,7 @@ from eaglerun.messages import (
     TokenLogprobs,
     Tokens,
 )
+from eaglerun.start import start_engine
 
 VOCAB = 40
 EOS = 0
@@ -112,7 +113,7 @@ def make_engine(schedule: Schedule, dtype: torch.dtype, plain: bool) -> Engine:
         "log_stats_every": 0,
     }
     if plain:
-        return Engine(resolve(settings, environ={}), without_draft(both))
+        return start_engine(resolve(settings, environ={}), without_draft(both))
     settings |= {
         "draft": "tiny",
         "num_draft_tokens": 8,
@@ -125,7 +126,7 @@ def make_engine(schedule: Schedule, dtype: torch.dtype, plain: bool) -> Engine:
         "decode_batch_sizes": (1, 3, 5) if schedule.padded else (),
         "draft_sampling": schedule.draft_sampling,
     }
-    return Engine(resolve(settings, environ={}), both, ScriptedDraftLength(schedule.ks))
+    return start_engine(resolve(settings, environ={}), both, ScriptedDraftLength(schedule.ks))
 
 
 def play(

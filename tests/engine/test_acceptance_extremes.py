@@ -28,7 +28,9 @@ from eaglerun.messages import Finished, Request, SamplingParams, SpeculationStat
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
+from eaglerun.ranks.local import runner_of
 from eaglerun.speculative.verify import synthetic_rates
+from eaglerun.start import start_engine
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
 VOCAB = 30
@@ -143,7 +145,7 @@ def make_engine(models: Models, ks: tuple[int, ...], **settings: object) -> Engi
         "max_num_batched_tokens": 64,
         "log_stats_every": 0,
     }
-    return Engine(resolve(config | settings, environ={}), models, Script(ks))
+    return start_engine(resolve(config | settings, environ={}), models, Script(ks))
 
 
 def prompts(count: int = 4) -> list[tuple[int, ...]]:
@@ -390,7 +392,7 @@ def test_synthetic_tokens(noise: Models) -> None:
             counts.add(accepted)
         text += event.token_ids
         (seq,) = engine.scheduler.sequences()
-        drafts = engine.runner.state.draft_tokens[seq.slot_id, :3].tolist()
+        drafts = runner_of(engine).state.draft_tokens[seq.slot_id, :3].tolist()
     assert counts == {1, 2}
 
 

@@ -21,12 +21,12 @@ from pairs import draft_spec, target_spec, tiny_draft, tiny_target, without_draf
 from scipy import stats
 
 from eaglerun.config import resolve
-from eaglerun.engine import Engine
 from eaglerun.kernels.rows import Rows
 from eaglerun.loader import Models
 from eaglerun.messages import Finished, Request, SamplingParams, Tokens
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import MiniMaxM3
+from eaglerun.start import start_engine
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
 VOCAB = 6
@@ -156,7 +156,7 @@ def sample(mode_name: str) -> Sample:
         },
         environ={},
     )
-    engine = Engine(config, both if speculates else without_draft(both), mode)
+    engine = start_engine(config, both if speculates else without_draft(both), mode)
     # Neighbouring seeds, and no seed twice in all of the modes.
     seed = list(MODES).index(mode_name) * len(FILTERS) * NUM_ANSWERS
     requests = []

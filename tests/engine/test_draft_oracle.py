@@ -31,12 +31,13 @@ from pairs import target_spec, tiny_target
 from torch import Tensor
 
 from eaglerun.config import resolve
-from eaglerun.engine import Engine
 from eaglerun.kernels.rows import Rows
 from eaglerun.loader import Models
 from eaglerun.messages import Finished, Request, SamplingParams, Tokens
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import MiniMaxM3
+from eaglerun.ranks.local import runner_of
+from eaglerun.start import start_engine
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
 VOCAB = 11
@@ -133,8 +134,8 @@ class Drive:
             "log_stats_every": 0,
         }
         config = resolve(settings | self.settings, environ={})
-        self.engine = Engine(config, self.pair.models, Script(self.ks))
-        runner = self.engine.runner
+        self.engine = start_engine(config, self.pair.models, Script(self.ks))
+        runner = runner_of(self.engine)
         for region in runner.kv_regions():
             region.tensor.fill_(torch.nan)
         assert runner.aux is not None
@@ -157,7 +158,7 @@ class Drive:
                 life.tokens += event.token_ids
             else:
                 life.finished = event
-        state = self.engine.runner.state
+        state = runner_of(self.engine).state
         for seq in self.engine.scheduler.sequences():
             if seq.slot_id >= 0 and seq.num_proposed:
                 drafts = tuple(state.draft_tokens[seq.slot_id, : seq.num_proposed].tolist())

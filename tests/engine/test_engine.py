@@ -17,6 +17,8 @@ from eaglerun.kernels import launch
 from eaglerun.kernels.rows import Rows
 from eaglerun.llm import LLM
 from eaglerun.messages import Failed, Finished, FinishReason, Request, SamplingParams
+from eaglerun.ranks.local import runner_of
+from eaglerun.start import start_engine
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
 PROMPT = tuple(range(3, 25))
@@ -35,7 +37,9 @@ def make(k: int = 3, ks: tuple[int, ...] = (), draft: bool = True, **settings: o
         **settings,
     }
     policy = ScriptedDraftLength(ks) if ks else None
-    return Engine(resolve(config, environ={}), models if draft else without_draft(models), policy)
+    return start_engine(
+        resolve(config, environ={}), models if draft else without_draft(models), policy
+    )
 
 
 def answer(engine: Engine, params: SamplingParams, prompt: tuple[int, ...] = PROMPT):
@@ -94,7 +98,7 @@ def test_lag_discards_the_step_of_an_ended_sequence():
 
 def poison(engine: Engine) -> None:
     """NaN into every cell that no committed position of a live or published block owns."""
-    runner, size = engine.runner, engine.pool.block_size
+    runner, size = runner_of(engine), engine.pool.block_size
     keep = torch.zeros(engine.pool.num_blocks, size, dtype=torch.bool)
     keep_draft = keep.clone()
     for seq in engine.scheduler.sequences():
@@ -143,7 +147,7 @@ def test_padding_rows_change_no_bit_and_no_count_of_experts(monkeypatch: pytest.
     def run(engine: Engine) -> tuple[list[torch.Tensor], list[int]]:
         hidden: list[torch.Tensor] = []
         experts: list[int] = []
-        forward = type(engine.runner.target).forward
+        forward = type(runner_of(engine).target).forward
 
         def keep(self, ids, rows: Rows, *rest):
             out = forward(self, ids, rows, *rest)
@@ -152,7 +156,7 @@ def test_padding_rows_change_no_bit_and_no_count_of_experts(monkeypatch: pytest.
                 experts.append(int(rest[-1]))
             return out
 
-        monkeypatch.setattr(type(engine.runner.target), "forward", keep)
+        monkeypatch.setattr(type(runner_of(engine).target), "forward", keep)
         params = replace(GREEDY, logit_bias={0: -100.0})
         prompts = [list(PROMPT), list(PROMPT[3:9]), list(PROMPT[5:])]
         LLM.from_engine(engine).generate(prompts, params, progress=False)
@@ -162,7 +166,7 @@ def test_padding_rows_change_no_bit_and_no_count_of_experts(monkeypatch: pytest.
     settings = {"decode_batch_sizes": (8,), "ks": (0, 3, 1)}
     plain_hidden, plain_experts = run(make(**settings))
     engine = make(**settings)
-    weight = engine.runner.target.embed_tokens.weight
+    weight = runner_of(engine).target.embed_tokens.weight
     kept = weight[0].clone()
     try:
         with torch.inference_mode():
@@ -362,8 +366,8 @@ def test_per_request_draft_length():
 
 def test_no_draft_allocates_nothing_of_it():
     engine = make(k=0)
-    assert engine.runner.draft is None and engine.runner.draft_kv is None
-    assert engine.runner.block_carry is None and engine.runner.aux is None
+    assert runner_of(engine).draft is None and runner_of(engine).draft_kv is None
+    assert runner_of(engine).block_carry is None and runner_of(engine).aux is None
     assert answer(engine, GREEDY).token_ids == PLAIN
 
 
@@ -442,7 +446,7 @@ def test_what_dense_and_selected_attention_agree_for(
 
 def test_the_target_alone_is_batch_invariant(monkeypatch: pytest.MonkeyPatch):
     """A draft's bits decide no token; what they cost is spared."""
-    monkeypatch.setattr("eaglerun.engine.check_invariant", lambda *_: None)
+    monkeypatch.setattr("eaglerun.ranks.local.check_invariant", lambda *_: None)
     inside: list[bool] = []
 
     @contextlib.contextmanager
@@ -454,9 +458,9 @@ def test_the_target_alone_is_batch_invariant(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("eaglerun.runner.invariant", recording)
     engine = make(batch_invariant=True)
     seen: dict[str, set[bool]] = {"target": set(), "draft": set()}
-    draft = engine.runner.draft
+    draft = runner_of(engine).draft
     assert draft is not None
-    for name, model in (("target", engine.runner.target), ("draft", draft)):
+    for name, model in (("target", runner_of(engine).target), ("draft", draft)):
         for module in model.modules():
             module.register_forward_pre_hook(lambda *_, name=name: seen[name].add(inside == [True]))
     assert answer(engine, GREEDY).token_ids == PLAIN

@@ -9,10 +9,10 @@ from pairs import tiny_pair
 from served import write_checkpoint
 
 from eaglerun.config import resolve
-from eaglerun.engine import Engine
 from eaglerun.errors import RequestError
 from eaglerun.llm import LLM
 from eaglerun.messages import Finished, SamplingParams, Tokens
+from eaglerun.start import start_engine
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 USER = {"role": "user", "content": "hi"}
@@ -27,7 +27,7 @@ def models():
 def make(models, path: Path | None, **settings: object) -> LLM:
     config = {"draft": "tiny", "max_model_len": 256, "num_kv_blocks": 200, "log_stats_every": 0}
     models = dataclasses.replace(models, tokenizer=TOKENIZER, path=path)
-    return LLM.from_engine(Engine(resolve(config | settings, environ={}), models))
+    return LLM.from_engine(start_engine(resolve(config | settings, environ={}), models))
 
 
 @pytest.fixture(scope="module")

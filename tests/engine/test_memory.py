@@ -19,7 +19,9 @@ from eaglerun.loader import Checkpoints, kv_budget_of, refuse_what_cannot_fit
 from eaglerun.memory import weights_of, widest_plans
 from eaglerun.messages import SamplingParams
 from eaglerun.plan.blocks import hash_block, root_name
+from eaglerun.ranks.local import runner_of
 from eaglerun.runner import Runner, RunnerOptions
+from eaglerun.start import start_engine
 
 MODELS = pair(0, 4, torch.float64)
 WEIGHTS = weights_of(MODELS.target, MODELS.draft)
@@ -65,20 +67,20 @@ def engine(memory: Scripted | None, draft: bool = True, **settings: object) -> E
         **settings,
     }
     models = MODELS if draft else without_draft(MODELS)
-    return Engine(resolve(config, environ={}), models, memory=memory)
+    return start_engine(resolve(config, environ={}), models, memory=memory)
 
 
 def test_blocks_fill_what_is_left():
     memory = Scripted(1024 * MIB)
     made = engine(memory, gpu_memory_utilization=0.5)
     kv = kv_budget(MODELS.target.spec, MODELS.draft.spec, 4, "float64")
-    regions = made.runner.kv_regions()
+    regions = runner_of(made).kv_regions()
     assert sum(region.bytes_per_block for region in regions) == kv.block_bytes
     # Each of the regions may take up to a page more; the one block's own bytes come back.
     state = 5 * MIB + len(regions) * 2 * MIB - kv.block_bytes
     # The prefill's 40 MiB over idle beat the decode step's 20 over its own 1.
     left = 512 * MIB - 3 * MIB - 100 - WEIGHTS - state - 40 * MIB
-    assert made.pool.num_blocks == made.runner.options.num_blocks == left // kv.block_bytes
+    assert made.pool.num_blocks == runner_of(made).options.num_blocks == left // kv.block_bytes
     assert not memory._held and not memory._peaks
     assert made.max_model_len == 96
 
@@ -88,7 +90,7 @@ def test_blocks_fill_what_is_left():
 def test_narrower_caches_are_more_blocks(kv: str, index: str):
     """The budget is that of the memory that is allocated, whatever its dtypes."""
     made = engine(None, kv_cache_dtype=kv, index_cache_dtype=index, kv_cache_gib=0.01)
-    regions = made.runner.kv_regions()
+    regions = runner_of(made).kv_regions()
     assert made.pool.num_blocks == int(0.01 * 2**30) // sum(r.bytes_per_block for r in regions)
     sizes = {"auto": 8, "bfloat16": 2, "fp8": 1}
     for region in regions:
@@ -109,9 +111,9 @@ def test_the_measured_engine_answers_as_another():
 def test_what_is_compiled_is_counted_for_a_terminal(capsys):
     config = {"draft": "tiny", "max_model_len": 96, "max_num_seqs": 4, "log_stats_every": 0}
     settings = resolve(config | {"max_num_batched_tokens": 64})
-    Engine(settings, MODELS, memory=Scripted(1024 * MIB))
+    start_engine(settings, MODELS, memory=Scripted(1024 * MIB))
     assert capsys.readouterr().err == ""
-    Engine(settings, MODELS, memory=Scripted(1024 * MIB), progress=True)
+    start_engine(settings, MODELS, memory=Scripted(1024 * MIB), progress=True)
     # On a CPU there is nothing to compile.
     assert "compiling: 0 kernels [00:00]" in capsys.readouterr().err
 
@@ -120,12 +122,12 @@ def test_graphs_have_room_where_they_are_captured():
     sizes = {"decode_batch_sizes": (1, 2, 4)}
     eager = engine(Scripted(1024 * MIB), enforce_eager=True, **sizes)
     captured = engine(Scripted(1024 * MIB), **sizes)
-    block = sum(region.bytes_per_block for region in eager.runner.kv_regions())
+    block = sum(region.bytes_per_block for region in runner_of(eager).kv_regions())
     # A decode step's 20 MiB once more; for 7 sequences of 1 to 4 rows the float64 logits of the
     # target and accept's in float32, under both bounds of the keys: 12 of them are selected.
     room = 20 * MIB + 7 * (1 + 2 + 3 + 4) * 40 * (8 + 4) * 2
-    assert captured.runner.options.graph_bytes == room
-    assert eager.runner.options.graph_bytes == 0
+    assert runner_of(captured).options.graph_bytes == room
+    assert runner_of(eager).options.graph_bytes == 0
     assert eager.pool.num_blocks - captured.pool.num_blocks in (room // block, room // block + 1)
 
 
@@ -135,7 +137,7 @@ def test_settings_that_size_the_kv_memory_are_not_measured():
         made = engine(memory, **settings)
         assert len(memory._held) == 4
         assert blocks is None or made.pool.num_blocks == blocks
-        assert made.runner.options.graph_bytes is None
+        assert runner_of(made).options.graph_bytes is None
 
 
 def test_what_does_not_fit_is_refused_with_the_budget():
@@ -219,8 +221,8 @@ def test_the_rehearsal_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(Runner, "__init__", init)
     running = engine(Scripted(1024 * MIB))
     gc.collect()
-    assert len(made) == 2 and made[0]() is None and made[1]() is running.runner
-    assert isinstance(running.runner.options, RunnerOptions)
+    assert len(made) == 2 and made[0]() is None and made[1]() is runner_of(running)
+    assert isinstance(runner_of(running).options, RunnerOptions)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
@@ -242,7 +244,9 @@ def test_blocks_moved_by_their_regions_are_found_and_go_on_alike(dtype: str):
     for block, name in zip(ours, names, strict=True):
         moved.pool.publish(block, name)
     moved.pool.release(held + ours)
-    for here, there in zip(computed.runner.kv_regions(), moved.runner.kv_regions(), strict=True):
+    for here, there in zip(
+        runner_of(computed).kv_regions(), runner_of(moved).kv_regions(), strict=True
+    ):
         assert (here.name, here.layout) == (there.name, there.layout)
         source, target = (r.tensor.view(torch.uint8).flatten(1) for r in (here, there))
         assert source.shape == (60, here.bytes_per_block)

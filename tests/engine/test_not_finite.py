@@ -9,6 +9,8 @@ from pairs import tiny_pair
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.messages import Finished, FinishReason, Request, SamplingParams, Tokens
+from eaglerun.ranks.local import runner_of
+from eaglerun.start import start_engine
 
 BAD = 7
 
@@ -18,7 +20,7 @@ def make_engine(lag: int, value: float | None) -> Engine:
     models = tiny_pair()
     if value is not None:
         models.target.embed_tokens.weight[BAD] = value
-    return Engine(config, models)
+    return start_engine(config, models)
 
 
 def request(name: str, prompt: tuple[int, ...], n: int = 1, **more: object) -> Request:
@@ -84,5 +86,5 @@ def test_a_chunk_that_is_not_finite_is_not_cached():
         found = answers(engine, [request("r", prompt)])
         assert found["r", 0] == ([], FinishReason.ERROR)
         assert engine.pool.num_held == 0
-    engine.runner.target.embed_tokens.weight[BAD] = torch.zeros(())
+    runner_of(engine).target.embed_tokens.weight[BAD] = torch.zeros(())
     assert answers(engine, [request("r", prompt)])["r", 0][1] is FinishReason.LENGTH

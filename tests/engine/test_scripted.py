@@ -12,6 +12,8 @@ from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.llm import LLM
 from eaglerun.messages import SamplingParams
+from eaglerun.ranks.local import runner_of
+from eaglerun.start import start_engine
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 PROMPTS = [list(range(3, 25)), list(range(9, 15))]
@@ -27,7 +29,7 @@ def make(draft: bool, **settings: object) -> Engine:
         "log_stats_every": 0,
         **settings,
     }
-    return Engine(resolve(config, environ={}), models if draft else without_draft(models))
+    return start_engine(resolve(config, environ={}), models if draft else without_draft(models))
 
 
 def test_a_script_with_wrong_tokens_at_seeded_places_is_lossless():
@@ -44,7 +46,7 @@ def test_a_script_with_wrong_tokens_at_seeded_places_is_lossless():
             script[i] = token if rng.random() < 0.7 else (token + 1) % VOCAB
         return script
 
-    engine.runner.state.write_script = write_script
+    runner_of(engine).state.write_script = write_script
     out = LLM.from_engine(engine).generate(PROMPTS, params, progress=False)
     assert [o.token_ids for o in out] == [o.token_ids for o in plain]
     at_first = engine.stats.acceptance.stats()
@@ -57,7 +59,7 @@ def test_scripted_tokens_are_the_same_stream_in_every_mode(k: int):
     engine = make(draft=k > 0, scripted="tokens", num_draft_tokens=k)
     out = LLM.from_engine(engine).generate([PROMPTS[0]], replace(GREEDY, seed=5), progress=False)
     start = len(PROMPTS[0])
-    script = engine.runner.state.write_script(5, 96)[start : start + 40]
+    script = runner_of(engine).state.write_script(5, 96)[start : start + 40]
     assert list(out[0].token_ids) == script.tolist()
     assert len(set(out[0].token_ids)) > 20
 

@@ -14,6 +14,8 @@ from eaglerun.llm import LLM
 from eaglerun.loader import Models
 from eaglerun.memory import CudaMemory
 from eaglerun.messages import SamplingParams
+from eaglerun.ranks.local import runner_of
+from eaglerun.start import start_engine
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +66,7 @@ def engine(models: Models, **settings: object) -> Engine:
         "log_stats_every": 0,
         **settings,
     }
-    return Engine(resolve(config, environ={}), models)
+    return start_engine(resolve(config, environ={}), models)
 
 
 def answers(made: Engine) -> list[list[int]]:
@@ -94,7 +96,7 @@ def test_the_share_is_used_and_kept(models: Models, eager: bool):
     memory = CudaMemory(torch.device("cuda"))
     limit = int(SHARE * memory.total())
     made = engine(models, enforce_eager=eager)
-    block = sum(region.bytes_per_block for region in made.runner.kv_regions())
+    block = sum(region.bytes_per_block for region in runner_of(made).kv_regions())
     # Most of the share is KV: nothing else of this pair is large.
     assert made.pool.num_blocks * block > 0.5 * limit
     assert made.max_model_len == LENGTH
@@ -126,9 +128,9 @@ def test_a_share_that_is_too_small_is_refused(models: Models):
 def test_no_graph_is_captured_beyond_its_room(models: Models):
     made = engine(models, num_kv_blocks=16 * 25)
     expected = answers(made)
-    assert len(made.runner.graphs) > 2
+    assert len(runner_of(made).graphs) > 2
     tight = engine(models, num_kv_blocks=16 * 25)
-    tight.runner.graphs.max_bytes = 1
+    runner_of(tight).graphs.max_bytes = 1
     assert answers(tight) == expected
-    assert len(tight.runner.graphs) < len(made.runner.graphs)
-    assert tight.runner.graphs.num_refused > 0
+    assert len(runner_of(tight).graphs) < len(runner_of(made).graphs)
+    assert runner_of(tight).graphs.num_refused > 0

@@ -31,6 +31,8 @@ from eaglerun.messages import SamplingParams
 from eaglerun.models import minimax_m3
 from eaglerun.models.loading import load_target
 from eaglerun.models.minimax_m3 import MiniMaxM3
+from eaglerun.ranks.local import runner_of
+from eaglerun.start import start_engine
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
 CPU = torch.device("cpu")
@@ -181,7 +183,7 @@ def our_engine(
         },
         environ={},
     )
-    engine = Engine(config, Models("golden", target, None, (2,)))
+    engine = start_engine(config, Models("golden", target, None, (2,)))
     # Blocks handed out in no order, as in an engine that has run for a while.
     order = torch.randperm(engine.pool.num_blocks, generator=torch.Generator().manual_seed(0))
     taken = engine.pool.allocate(engine.pool.num_blocks)
@@ -229,7 +231,7 @@ def compare(case: Case, seed: int, folder: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=NUM_GREEDY, ignore_eos=True)
     prompts = [prompt for prompt, _ in pairs]
     outputs = LLM.from_engine(engine).generate(prompts, params, progress=False)
-    target = engine.runner.target
+    target = runner_of(engine).target
     for (prompt, expected), out in zip(pairs, outputs, strict=True):
         ids = torch.tensor([[*prompt, *expected[:-1]]])
         assert list(out.token_ids) == expected
@@ -265,7 +267,7 @@ def test_the_selection_matters(tmp_path: Path):
     states = []
     for topk in (case.topk, 1000):
         engine = our_engine(tmp_path, case, len(case.layers))
-        for layer in engine.runner.target.layers:
+        for layer in runner_of(engine).target.layers:
             if layer.self_attn.sparse:
                 layer.self_attn.selector.topk = topk
         out = LLM.from_engine(engine).generate([prompt], params, progress=False)[0]
@@ -290,7 +292,7 @@ def test_shared_selections_are_computed_once_per_group(
     for freq, computing in ((1, 4), (2, 2), (4, 1)):
         overrides = {"use_index_cache": True, "index_topk_freq": freq}
         engine = our_engine(tmp_path, replace(case, chunk=1000), 5, overrides)
-        kept = [kv.index_k is not None for kv in engine.runner.target_kv.layers]
+        kept = [kv.index_k is not None for kv in runner_of(engine).target_kv.layers]
         assert sum(kept) == computing
         calls.clear()
         LLM.from_engine(engine).generate([prompt], params, progress=False)

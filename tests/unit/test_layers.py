@@ -17,7 +17,7 @@ LAYERS = [
     "models",
     "sampling speculative batch graphs pending",
     "runner memory",
-    "loader engine llm threads",
+    "loader ranks engine start llm threads",
     "bench server",
     "__main__",
 ]
@@ -78,6 +78,20 @@ def test_the_policy_is_plain_python():
             assert not banned, f"{name} imports {banned}"
             lower = {n for n in _imports(path, MODULES.keys()) if _layer(n) < 2}
             assert not lower, f"{name} imports {lower}, which may import torch"
+
+
+def test_the_engine_holds_no_tensor():
+    """Neither the engine nor what it asks of a rank imports torch, directly or through others."""
+    reached, found = {"eaglerun.engine"}, ["eaglerun.engine"]
+    while found:
+        found = [n for name in found for n in GRAPH[name] if n not in reached]
+        reached |= set(found)
+    assert "eaglerun.ranks.rank" in reached and "eaglerun.plan.scheduler" in reached
+    for name in reached:
+        nodes = list(ast.walk(ast.parse(MODULES[name].read_text())))
+        roots = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        roots |= {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+        assert "torch" not in {r.split(".")[0] for r in roots}, f"{name} imports torch"
 
 
 def test_no_cycles():

@@ -1,0 +1,1 @@
+"""What computes: the ranks of an engine. Today one, in its own process."""
