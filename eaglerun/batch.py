@@ -93,6 +93,7 @@ class StepBuffers:
     emitted      [B, K_max + 1] int64, -1 where a row emits nothing
     accepted     [B] int64
     broken       [B] int64, 1 where a row of the target's hidden states is not finite
+    drafts       [B, K_max] int64, the step's new drafts; a sequence's first num_propose count
     num_experts  [1] int64, distinct experts read, summed over the layers
     """
 
@@ -100,7 +101,8 @@ class StepBuffers:
         self, max_batch: int, num_draft_tokens: int, padding_slot: int, device: torch.device
     ) -> None:
         self._padding_slot = padding_slot
-        self._width = 2 + num_draft_tokens + 1
+        self._num_drafts = num_draft_tokens
+        self._width = 2 + num_draft_tokens + 1 + num_draft_tokens
         # Results end where the inputs begin, and both meet at the one number that is both, so
         # that a step's numbers arrive in one copy and leave in one.
         self._middle = max_batch * self._width
@@ -115,7 +117,11 @@ class StepBuffers:
         self.slots, self.num_drafts, self.num_propose = inputs
         self._results = self._memory[self._middle - batch_size * self._width : self._middle + 1]
         table = self._results[:-1].view(batch_size, self._width)
-        self.accepted, self.broken, self.emitted = table[:, 0], table[:, 1], table[:, 2:]
+        self.accepted, self.broken, self.emitted, self.drafts = self._columns(table)
+
+    def _columns(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        end = 2 + self._num_drafts + 1
+        return table[:, 0], table[:, 1], table[:, 2:end], table[:, end:]
 
     def fill(self, rows: tuple[DecodeRow, ...], batch_size: int) -> None:
         """The plan's rows, then padding up to ``batch_size``; no experts yet."""
@@ -135,11 +141,10 @@ class StepBuffers:
         )
         self._memory[self._middle :][: len(values)].copy_(values, non_blocking=True)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """emitted, accepted, broken and num_experts on their way to the host (to_host)."""
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """accepted, broken, emitted, drafts and num_experts on their way to the host (to_host)."""
         values = to_host(self._results)
-        table = values[:-1].view(-1, self._width)
-        return table[:, 2:], table[:, 0], table[:, 1], values[-1:]
+        return *self._columns(values[:-1].view(-1, self._width)), values[-1:]
 
     @contextmanager
     def blank(self) -> Iterator[None]:

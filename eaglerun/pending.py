@@ -31,24 +31,27 @@ PromptLogprobs = tuple[list[LogprobRows], tuple[int, ...]]
 
 @dataclass(slots=True)
 class Decoded:
-    """On the host: emitted [B, >= Q], accepted and broken [B], B no less than the plan's rows, and
-    num_experts [1]."""
+    """On the host: accepted and broken [B], emitted [B, >= Q] and drafts [B, >= num_propose], B no
+    less than the plan's rows, and num_experts [1]."""
 
-    emitted: Tensor
     accepted: Tensor
     broken: Tensor
+    emitted: Tensor
+    drafts: Tensor
     num_experts: Tensor
     logprobs: LogprobRows | None
 
 
 @dataclass(slots=True)
 class Prefilled:
-    """``broken`` [chunks]: rows whose hidden states are not finite."""
+    """``broken`` [chunks]: rows whose hidden states are not finite. ``drafts`` [final chunks, >=
+    num_propose]; None where none was made."""
 
     sampled: Tensor
     broken: Tensor
     logprobs: LogprobRows | None
     prompt: list[PromptLogprobs | None]
+    drafts: Tensor | None
 
 
 class PendingStep:
@@ -83,6 +86,8 @@ class PendingStep:
         accepted: tuple[int, ...] = ()
         broken: tuple[bool, ...] = ()
         broken_prefill: tuple[bool, ...] = ()
+        drafts: tuple[tuple[int, ...], ...] = ()
+        prefill_drafts: tuple[tuple[int, ...], ...] = ()
         decode_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if self._decoded is not None:
             count, width = len(plan.decode), plan.num_drafts + 1
@@ -91,6 +96,12 @@ class PendingStep:
             accepted = tuple(self._decoded.accepted[:count].tolist())
             broken = tuple(map(bool, self._decoded.broken[:count].tolist()))
             num_experts = int(self._decoded.num_experts)
+            if plan.num_propose:
+                made = self._decoded.drafts[:count].tolist()
+                drafts = tuple(
+                    tuple(ids[: row.num_propose])
+                    for ids, row in zip(made, plan.decode, strict=True)
+                )
             if self._decoded.logprobs is not None:
                 flat = token_logprobs(self._decoded.logprobs, [t for row in rows for t in row])
                 decode_logprobs = tuple(
@@ -110,6 +121,11 @@ class PendingStep:
                     next(flat_one) if c.samples else None for c in plan.prefill
                 )
             prompt_logprobs = tuple(map(_of_prompt, self._prefilled.prompt))
+            if self._prefilled.drafts is not None:
+                after = iter(self._prefilled.drafts.tolist())
+                prefill_drafts = tuple(
+                    tuple(next(after)[: c.num_propose]) if c.samples else () for c in plan.prefill
+                )
         return StepResult(
             step_id=plan.step_id,
             decode=decode,
@@ -118,6 +134,8 @@ class PendingStep:
             decode_logprobs=decode_logprobs,
             prefill_logprobs=prefill_logprobs,
             prompt_logprobs=prompt_logprobs,
+            drafts=drafts,
+            prefill_drafts=prefill_drafts,
             num_experts=num_experts,
             broken=broken,
             broken_prefill=broken_prefill,

@@ -301,7 +301,7 @@ class Runner:
                 fed,
             )
             rows = state.sampling.rows(buffers.slots, features)
-            self._propose(
+            buffers.drafts[:, :num_passes] = self._propose(
                 newest, buffers.num_propose, num_passes, forward.table, max_seq_len + 1, rows
             )
 
@@ -346,10 +346,12 @@ class Runner:
             for c, start in zip(chunks, _running_sum(chunks), strict=False):
                 kept = self.aux[:, start : start + len(c.token_ids)].clone()
                 aux.append(AuxRows(c.slot_id, c.start, kept))
+        drafts = None
         if self.draft is not None:
-            self._prefill_draft(plan, final, rows, ids, ends, sampled)
+            drafts = self._prefill_draft(plan, final, rows, ids, ends, sampled)
         clock.draft_done()
-        return Prefilled(to_host(sampled), to_host(broken), logprobs, prompt)
+        told = None if drafts is None else to_host(drafts)
+        return Prefilled(to_host(sampled), to_host(broken), logprobs, prompt, told)
 
     def _prefill_rows(self, chunks: tuple[PrefillChunk, ...]) -> Rows:
         device, sums = self.device, _running_sum(chunks)
@@ -428,8 +430,9 @@ class Runner:
         ids: Tensor,
         ends: Tensor,
         sampled: Tensor,
-    ) -> None:
-        """Draft KV of the chunks' rows, each with fc(aux) of the position before it.
+    ) -> Tensor | None:
+        """Draft KV of the chunks' rows, each with fc(aux) of the position before it; the drafts
+        after each final chunk [final, passes], or None where none is made.
 
         The first row takes the carry that its chunk, block or preemption left behind; position 0
         has no draft row. The sampled token's row is filled too and proposes.
@@ -453,7 +456,7 @@ class Runner:
         )
         carry[slots] = fed[ends]
         if not final:
-            return
+            return None
         proposing = [chunks[i] for i in final]
         which = host_tensor(final, self.device)
         slots = slots[which]
@@ -464,7 +467,7 @@ class Runner:
         if num_passes := max(c.num_propose for c in proposing):
             num_propose = host_tensor([c.num_propose for c in proposing], self.device)
             features = self._features([c.slot_id for c in proposing])
-            self._propose(
+            return self._propose(
                 Newest(sampled, length, fed),
                 num_propose,
                 num_passes,
@@ -472,6 +475,7 @@ class Runner:
                 max(c.end for c in proposing) + 1,
                 self.state.sampling.rows(slots, features),
             )
+        return None
 
     # Both parts.
 
@@ -490,8 +494,8 @@ class Runner:
         table: Tensor,
         max_seq_len: int,
         rows: SlotRows,
-    ) -> None:
-        """Draft after the newest tokens and remember the drafts by slot."""
+    ) -> Tensor:
+        """Draft after the newest tokens and remember the drafts by slot: [B, num_passes]."""
         assert self.draft is not None and self.draft_kv is not None
         slots, sampler = rows.slots, None
         if self.options.probabilistic_drafts and rows.features.sampled:
@@ -511,6 +515,7 @@ class Runner:
         self.state.draft_tokens[slots, :num_passes] = drafts
         if probs is not None and self.state.draft_probs is not None:
             self.state.draft_probs[slots, :num_passes] = probs.float()
+        return drafts
 
     def _scripted(self, slots: Tensor, start: Tensor, count: int) -> Tensor:
         """``count`` tokens of the script from position ``start`` [B] on: [B, count]."""

@@ -110,6 +110,7 @@ class Residency:
         seq.status = Status.WAITING
         seq.preempt_requested = False
         seq.num_proposed = 0
+        seq.drafts = ()
         seq.num_planned = seq.num_computed = seq.prefill_len = 0
 
     def leave(self, seq: Sequence) -> None:

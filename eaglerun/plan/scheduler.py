@@ -249,10 +249,12 @@ class Scheduler:
             if self._stands(seq, chunk, bool(result.broken_prefill) and result.broken_prefill[c]):
                 asked = result.prompt_logprobs[c] if result.prompt_logprobs else ()
                 logprob = result.prefill_logprobs[c] if result.prefill_logprobs else None
+                seq.drafts = result.prefill_drafts[c] if result.prefill_drafts else ()
                 self._commit_chunk(seq, chunk, result.prefill[c], asked, logprob)
         for b, (seq, row) in enumerate(zip(flight.decode, flight.plan.decode, strict=True)):
             if self._stands(seq, row, bool(result.broken) and result.broken[b]):
                 logprobs = result.decode_logprobs[b] if result.decode_logprobs else ()
+                seq.drafts = result.drafts[b] if result.drafts else ()
                 self._commit_row(seq, row, result.decode[b], result.num_accepted[b], logprobs)
         self.stats.check_identity()
         return self.take_events()

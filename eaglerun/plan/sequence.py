@@ -55,6 +55,8 @@ class Sequence:
         # Of the steps in flight, how many emit at least one token (decode rows, final chunks).
         self.min_in_flight_tokens = 0
         self.num_proposed = 0
+        # The drafts after the newest committed token, of the step that emitted it.
+        self.drafts: tuple[int, ...] = ()
 
         self.abort_requested = False
         self.preempt_requested = False

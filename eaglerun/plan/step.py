@@ -136,6 +136,8 @@ class StepResult:
     prefill_logprobs[c]  of the sampled id; None where none was asked for
     prompt_logprobs[c]   of the token that follows each of the chunk's, as far as it is known before
                          sampling (one fewer in a chunk that samples); () where not asked
+    drafts[b]            proposed after decode row b, its num_propose of them, for the next step to
+                         judge; prefill_drafts[c] likewise after chunk c; empty where none was made
     num_experts          distinct experts read by the decode rows, summed over the layers
     broken[b]            the target's numbers for decode row b are not finite: its ids mean nothing;
                          broken_prefill[c] likewise of chunk c; empty where none is
@@ -148,6 +150,8 @@ class StepResult:
     decode_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     prefill_logprobs: tuple[TokenLogprobs | None, ...] = ()
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    drafts: tuple[tuple[int, ...], ...] = ()
+    prefill_drafts: tuple[tuple[int, ...], ...] = ()
     num_experts: int = 0
     broken: tuple[bool, ...] = ()
     broken_prefill: tuple[bool, ...] = ()
