@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from eaglerun.config import Config
-from eaglerun.errors import CapacityError, CheckpointError, ConfigError, RequestError
+from eaglerun.errors import CapacityError, CheckpointError, ConfigError, RankFailed, RequestError
 from eaglerun.messages import Event, Failed, Finished, Request, Tokens
 from eaglerun.server import wire
 from eaglerun.server.link import BadFrame, Hangup, HttpLink
@@ -27,7 +27,7 @@ from eaglerun.stats import EngineStats
 log = logging.getLogger(__name__)
 
 BROKE = "the engine failed"
-NOT_STARTED, HTTP_ENDED, BROKEN_LINK = 2, 3, 4
+NOT_STARTED, HTTP_ENDED, BROKEN_LINK, RANK_FAILED = 2, 3, 4, 5
 
 
 class ServedEngine(Protocol):
@@ -89,7 +89,13 @@ def run(make_engine: MakeEngine) -> int:
     threading.Thread(target=_end_with_http_process, daemon=True).start()
     configure_logging(start.config.server.log_level, "EngineCore")
     with never_waiting():
-        return _live(make_engine, start)
+        try:
+            return _live(make_engine, start)
+        except RankFailed:
+            # Logged, and told to every open request.
+            pass
+    # Not by the interpreter's own end, which would wait for the device that hangs.
+    os._exit(RANK_FAILED)
 
 
 def _live(make_engine: MakeEngine, start: wire.Start) -> int:

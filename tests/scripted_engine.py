@@ -5,13 +5,15 @@ a stream is whole. It obeys max_tokens, aborts and its number of places; nothing
 """
 
 import argparse
+import atexit
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-from eaglerun.errors import ConfigError, RequestError
+from eaglerun.errors import ConfigError, RankFailed, RequestError
 from eaglerun.messages import (
     Event,
     Failed,
@@ -58,7 +60,8 @@ class ScriptedEngine:
 
     A step takes at least ``pause_ms``. With ``rate``, answers advance that many times a second,
     each at its own moment, and their text is that moment, time.perf_counter_ns().
-    ``raise_at`` and ``hang_at`` are steps at which it breaks.
+    ``raise_at``, ``hang_at`` and ``lose_rank_at`` are steps at which it breaks; where the rank is
+    lost, the interpreter cannot end by itself either.
     """
 
     model_name = "scripted"
@@ -71,6 +74,7 @@ class ScriptedEngine:
         num_accepted: int = 1,
         raise_at: int = FOREVER,
         hang_at: int = FOREVER,
+        lose_rank_at: int = FOREVER,
         pause_ms: int = 0,
         rate: int = 0,
     ) -> None:
@@ -81,7 +85,7 @@ class ScriptedEngine:
         self.stats = EngineStats()
         self._places = max_num_seqs
         self._num_accepted = num_accepted
-        self._raise_at, self._hang_at = raise_at, hang_at
+        self._raise_at, self._hang_at, self._lose_rank_at = raise_at, hang_at, lose_rank_at
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
 
@@ -115,6 +119,9 @@ class ScriptedEngine:
     def step(self) -> list[Event]:
         if self.stats.steps == self._raise_at:
             raise ZeroDivisionError("a step that cannot be")
+        if self.stats.steps == self._lose_rank_at:
+            atexit.register(threading.Event().wait)
+            raise RankFailed("step 5 is not done")
         while self.stats.steps == self._hang_at:
             time.sleep(1.0)
         self.stats.steps += 1
@@ -206,6 +213,7 @@ def main() -> int:
         ("num-accepted", 1),
         ("raise-at", FOREVER),
         ("hang-at", FOREVER),
+        ("lose-rank-at", FOREVER),
         ("pause-ms", 0),
         ("rate", 0),
     ):

@@ -23,7 +23,7 @@ from eaglerun.errors import CapacityError, ConfigError, EngineError, RequestErro
 from eaglerun.messages import Event, Failed, Finished, FinishReason, Request, SamplingParams, Tokens
 from eaglerun.server import wire
 from eaglerun.server.client import Events
-from eaglerun.server.engine_process import BROKEN_LINK, HTTP_ENDED
+from eaglerun.server.engine_process import BROKEN_LINK, HTTP_ENDED, RANK_FAILED
 from eaglerun.server.link import Frames, frame
 from eaglerun.server.metrics import RequestMetrics
 from eaglerun.server.process_client import ProcessClient
@@ -361,6 +361,17 @@ def test_an_engine_that_raises_fails_every_stream(capfd: pytest.CaptureFixture[s
 
     asyncio.run(main())
     assert "ZeroDivisionError: a step that cannot be" in capfd.readouterr().err
+
+
+def test_an_engine_whose_device_hangs_ends(capfd: pytest.CaptureFixture[str]):
+    async def main() -> None:
+        async with running("--lose-rank-at", "5") as client:
+            got = await collect(await client.submit(endless("r")))
+            assert ends(got) == ["failed"] and got[-1] == Failed("r", "the engine failed")
+            assert await asyncio.wait_for(client.ended, LIMIT_S) == RANK_FAILED
+
+    asyncio.run(main())
+    assert "RankFailed: step 5 is not done" in capfd.readouterr().err
 
 
 def test_closing_fails_what_is_open():
