@@ -25,8 +25,8 @@ from eaglerun.messages import (
     TokenLogprobs,
     Tokens,
 )
-from eaglerun.pending import AuxRows
 from eaglerun.progress import TokenBar
+from eaglerun.run.pending import AuxRows
 from eaglerun.start import start_engine
 
 Prompt = str | list[int] | tuple[int, ...]

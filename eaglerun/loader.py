@@ -22,11 +22,11 @@ from eaglerun.checkpoint.target import TargetSpec, check_block_size
 from eaglerun.config import Config
 from eaglerun.errors import CapacityError, ConfigError
 from eaglerun.kernels.launch import TABLE, can_be_invariant, has_kernels
-from eaglerun.memory import CudaMemory, DeviceMemory, before_loading
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.loading import fill_dummy, load_draft, load_target, resolve_checkpoint
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.plan.text import read_tokenizer
+from eaglerun.run.memory import CudaMemory, DeviceMemory, before_loading
 from eaglerun.threads import use_threads
 
 DEMO = Path(next(iter(configs.__path__))) / "demo"

@@ -7,7 +7,6 @@ from eaglerun.config import CPU_KV_GIB, Config
 from eaglerun.engine import Engine
 from eaglerun.errors import CheckpointError, ConfigError
 from eaglerun.loader import Models
-from eaglerun.memory import DeviceMemory
 from eaglerun.messages import Finished, FinishReason, Request, SamplingParams
 from eaglerun.plan.blocks import BlockPool
 from eaglerun.plan.draft_length import DraftLengthPolicy, FixedDraftLength
@@ -15,6 +14,7 @@ from eaglerun.plan.limits import SchedulerLimits
 from eaglerun.plan.scheduler import Scheduler
 from eaglerun.ranks.local import LocalRank, first_broken
 from eaglerun.ranks.rank import RankReady
+from eaglerun.run.memory import DeviceMemory
 
 log = logging.getLogger("eaglerun")
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eaglerun.batch import host_tensor
 from eaglerun.kernels.index_topk import INIT_SCORE, LOCAL_SCORE, block_scores
 from eaglerun.kernels.rows import LayerKV, Routing, Rows
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import BlockSelector, DecoderLayer, MiniMaxM3
 from eaglerun.models.moe import Gate, MoE
-from eaglerun.runner import Runner
+from eaglerun.run.buffers import host_tensor
+from eaglerun.run.runner import Runner
 
 MAX_STEPS = 2.0
 # Replays in which selections beyond MAX_STEPS are undone: later ones come first by that.

@@ -19,14 +19,14 @@ from eaglerun.loader import (
     load_models,
     narrowest_kv,
 )
-from eaglerun.memory import CudaMemory, DeviceMemory, measure, rehearsing, weights_of
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.pending import PendingStep
 from eaglerun.plan.step import StepPlan
 from eaglerun.progress import counter
 from eaglerun.ranks.rank import RankReady
-from eaglerun.runner import MAX_CAPTURED_ROWS, Runner, RunnerOptions
+from eaglerun.run.memory import CudaMemory, DeviceMemory, measure, rehearsing, weights_of
+from eaglerun.run.pending import PendingStep
+from eaglerun.run.runner import MAX_CAPTURED_ROWS, Runner, RunnerOptions
 from eaglerun.speculative.verify import synthetic_rates
 
 # Decode batch sizes that are captured as graphs, as far as max_num_seqs needs them.

@@ -455,7 +455,7 @@ def test_the_target_alone_is_batch_invariant(monkeypatch: pytest.MonkeyPatch):
         yield
         inside.pop()
 
-    monkeypatch.setattr("eaglerun.runner.invariant", recording)
+    monkeypatch.setattr("eaglerun.run.runner.invariant", recording)
     engine = make(batch_invariant=True)
     seen: dict[str, set[bool]] = {"target": set(), "draft": set()}
     draft = runner_of(engine).draft

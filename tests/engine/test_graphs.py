@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eaglerun.graphs import Graphs
+from eaglerun.run.graphs import Graphs
 
 
 @pytest.mark.parametrize("progress", [True, None])

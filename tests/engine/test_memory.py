@@ -16,11 +16,11 @@ from eaglerun.engine import Engine
 from eaglerun.errors import CapacityError, ConfigError
 from eaglerun.llm import LLM
 from eaglerun.loader import Checkpoints, kv_budget_of, refuse_what_cannot_fit
-from eaglerun.memory import weights_of, widest_plans
 from eaglerun.messages import SamplingParams
 from eaglerun.plan.blocks import hash_block, root_name
 from eaglerun.ranks.local import runner_of
-from eaglerun.runner import Runner, RunnerOptions
+from eaglerun.run.memory import weights_of, widest_plans
+from eaglerun.run.runner import Runner, RunnerOptions
 from eaglerun.start import start_engine
 
 MODELS = pair(0, 4, torch.float64)

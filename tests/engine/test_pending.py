@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from eaglerun.errors import EngineError, RankFailed
-from eaglerun.pending import Clock, PendingStep
 from eaglerun.plan.step import StepPlan
+from eaglerun.run.pending import Clock, PendingStep
 
 PLAN = StepPlan(7, (), (), (), (), 0, 0, -1)
 

@@ -12,9 +12,9 @@ from eaglerun.engine import Engine
 from eaglerun.errors import CapacityError
 from eaglerun.llm import LLM
 from eaglerun.loader import Models
-from eaglerun.memory import CudaMemory
 from eaglerun.messages import SamplingParams
 from eaglerun.ranks.local import runner_of
+from eaglerun.run.memory import CudaMemory
 from eaglerun.start import start_engine
 
 pytestmark = pytest.mark.gpu

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eaglerun.batch import DeviceState, StepBuffers, host_tensor, to_host
-from eaglerun.graphs import Graphs
 from eaglerun.kernels.accept import move_on, window
 from eaglerun.kernels.carry import store_carry
 from eaglerun.kernels.draft_inputs import kv_slots_of, newest_inputs, verify_inputs
@@ -26,7 +24,10 @@ from eaglerun.messages import MAX_STOP_IDS, SamplingParams
 from eaglerun.models.attention import DraftKV, KVRegion, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
-from eaglerun.pending import (
+from eaglerun.plan.step import PrefillChunk, StepPlan
+from eaglerun.run.buffers import DeviceState, StepBuffers, host_tensor, to_host
+from eaglerun.run.graphs import Graphs
+from eaglerun.run.pending import (
     AuxRows,
     Clock,
     Decoded,
@@ -34,7 +35,6 @@ from eaglerun.pending import (
     Prefilled,
     PromptLogprobs,
 )
-from eaglerun.plan.step import PrefillChunk, StepPlan
 from eaglerun.sampling import (
     Features,
     LogprobRows,

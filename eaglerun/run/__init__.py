@@ -1,0 +1,1 @@
+"""One rank: the models, their memory, and the steps on the device."""
