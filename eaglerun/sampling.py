@@ -1,4 +1,4 @@
-"""Logits to tokens: penalties, filters, and the draw itself.
+"""What the sampling parameters make of logits: penalties, masks, filters; the draw is Head's.
 
 The token at absolute position t of a sequence is argmax_v(log p_t(v) + g(seed, t, v)), where p_t
 is the target's distribution after penalties and filters and g is counter-based Gumbel noise
@@ -6,15 +6,15 @@ is the target's distribution after penalties and filters and g is counter-based 
 drafted, which makes speculative output equal plain output, token for token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.noise import TOKEN, gumbel_argmax
 from eaglerun.kernels.reference import wide
-from eaglerun.kernels.vocab_argmax import vocab_argmax
 from eaglerun.messages import MAX_LOGIT_BIAS, SamplingParams
 
 
@@ -109,6 +109,11 @@ class SamplingState:
     def rows(self, slots: Tensor, features: "Features") -> "SlotRows":
         """Those of a batch's ``slots`` [B]."""
         return SlotRows(self, slots, features)
+
+    def features(self, slots: Sequence[int]) -> "Features":
+        """What the sequences in ``slots`` need."""
+        params = [self.params[slot] for slot in slots]
+        return Features.of([p for p in params if p is not None])
 
     def add_tokens(self, slots: Tensor, tokens: Tensor, count: bool) -> None:
         """Note newly accepted tokens; ``count`` them where a penalty needs it.
@@ -284,30 +289,37 @@ def filtered(logits: Tensor, rows: SlotRows) -> Tensor:
     return torch.log_softmax(torch.where(sampled, logits, raw), dim=-1)
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """The best token of each row, the lowest id among equals: [B, Q, V] -> [B, Q] int64."""
-    B, Q, V = logits.shape
-    return vocab_argmax(logits.view(-1, V)).view(B, Q)
+class Scored(NamedTuple):
+    """All that a choice of tokens needs to know of B sequences with Q rows each.
 
-
-def draw(
-    logits: Tensor,
-    logp: Tensor | None,
-    rows: SlotRows,
-    positions: Tensor,
-    stream: int = TOKEN,
-) -> Tensor:
-    """One token per row: argmax of log p + Gumbel noise, or of the logits where greedy.
-
-    Shapes  logits, logp [B, Q, V] (logp None: every row is greedy); rows of B; positions [B, Q]
-            int64, absolute, of the token to be drawn. Returns [B, Q] int64.
+    logits     [B, Q, V] after bias, penalties and the min_tokens mask
+    logp       [B, Q, V] after temperature and filters; None where every sequence is greedy
+    positions  [B, Q] int64 of the tokens to be chosen, the key of their noise; None with logp
     """
-    best = greedy(logits)
-    if logp is None:
-        return best
-    B, Q, V = logits.shape
-    drawn = gumbel_argmax(logp.view(-1, V), rows.seeds(Q), positions.reshape(-1), stream)
-    return torch.where(rows.sampled[:, None], drawn.view(B, Q), best)
+
+    logits: Tensor
+    logp: Tensor | None = None
+    positions: Tensor | None = None
+
+    @property
+    def final(self) -> Tensor:
+        """What the tokens are chosen from: for processed log-probabilities."""
+        return self.logits if self.logp is None else self.logp
+
+
+def score(logits: Tensor, rows: SlotRows, drafts: Tensor, start: Tensor) -> Scored:
+    """Shapes  logits [B, Q, V]; rows of B; drafts [B, Q - 1] int64; start [B] int64, position of
+    the token that a sequence's first row chooses."""
+    logits = adjust(logits, rows, drafts)
+    if not rows.features.sampled:
+        return Scored(logits)
+    return Scored(logits, filtered(logits, rows), places(start, logits.shape[1]))
+
+
+def places(start: Tensor, count: int) -> Tensor:
+    """Positions start[b] + j of ``count`` tokens: [B, count]."""
+    first = start[:, None]
+    return first if count == 1 else first + torch.arange(count, device=start.device)
 
 
 @dataclass(frozen=True, slots=True)

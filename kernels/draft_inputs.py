@@ -8,7 +8,7 @@ from eaglerun.kernels import paired
 from eaglerun.kernels.language import begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import draft_inputs as reference
-from eaglerun.kernels.rows import Newest
+from eaglerun.kernels.rows import BySlot, Newest
 
 
 @jit
@@ -191,26 +191,26 @@ def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tens
 def verify_inputs(
     slots: Tensor,
     num_drafts: Tensor,
-    length: Tensor,
-    last_token: Tensor,
-    draft_tokens: Tensor,
-    block_table: Tensor,
+    by_slot: BySlot,
+    table: Tensor,
     block_size: int,
     num_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The rows [last token, d1 .. dk] that the target runs for each sequence, and its state.
 
     Row j stands at position length - 1 + j; it is a padding row where j > num_drafts. Keys that
     the rows see, once their own are written: length + num_drafts.
 
-    Shapes  slots, num_drafts [B] int64 of any stride (num_drafts -1 on padding sequences); by
-            slot: length, last_token [S] int64, draft_tokens [S, >= num_rows - 1] int64 and
-            block_table [S, M] int32, last dims contiguous. Returns token_ids, positions,
-            kv_slots [B, num_rows] int64, seq_lens [B] int32, and length [B] int64 and
-            block_table [B, M] of the slots. Padding rows: id 0, position -1, slot -1.
+    Shapes  slots, num_drafts [B] int64 of any stride (num_drafts -1 on padding sequences);
+            by_slot of S slots with at least num_rows - 1 drafts, last dims contiguous; table
+            [B, M] int32, contiguous. Returns token_ids, positions, kv_slots [B, num_rows] int64,
+            seq_lens [B] int32, and length [B] int64 of the slots. Padding rows: id 0, position -1,
+            slot -1.
+    Writes  table, the block tables of the slots.
     Error   none.
     Raises  ValueError on another shape, stride or dtype.
     """
+    length, last_token, draft_tokens, block_table = by_slot
     batch, (places, width) = slots.shape[0], block_table.shape
     _require(
         "verify_inputs",
@@ -223,16 +223,19 @@ def verify_inputs(
     require(
         draft_tokens.shape[1] >= num_rows - 1
         and slots.shape == num_drafts.shape == (batch,)
-        and slots.dtype == num_drafts.dtype == torch.int64,
+        and slots.dtype == num_drafts.dtype == torch.int64
+        and table.shape == (batch, width)
+        and table.dtype == torch.int32
+        and table.is_contiguous(),
         "verify_inputs",
         slots=slots,
         draft_tokens=draft_tokens,
         num_drafts=num_drafts,
+        table=table,
     )
     out = torch.empty(3, batch, num_rows, dtype=torch.int64, device=length.device)
     seq_lens = torch.empty(batch, dtype=torch.int32, device=length.device)
     own_length = torch.empty(batch, dtype=torch.int64, device=length.device)
-    own_table = torch.empty(batch, width, dtype=torch.int32, device=length.device)
     if batch:
         block_m = min(power_of_2(width), 1024)
         _verify_inputs_kernel[(batch, 1 + cdiv(width, block_m))](
@@ -247,7 +250,7 @@ def verify_inputs(
             out[2],
             seq_lens,
             own_length,
-            own_table,
+            table,
             slots.stride(0),
             num_drafts.stride(0),
             draft_tokens.stride(0),
@@ -259,7 +262,7 @@ def verify_inputs(
             BLOCK_M=block_m,
             **settings("one_warp", length),
         )
-    return out[0], out[1], out[2], seq_lens, own_length, own_table
+    return out[0], out[1], out[2], seq_lens, own_length
 
 
 @paired(reference.draft_inputs)
@@ -346,21 +349,22 @@ def newest_inputs(
     slots: Tensor,
     accepted: Tensor,
     num_propose: Tensor,
-    length: Tensor,
-    last_token: Tensor,
+    by_slot: BySlot,
     hidden: Tensor,
-) -> Newest:
+    newest: Newest,
+) -> None:
     """What the first draft pass starts from: the newest token of each sequence, where it stands,
     and the hidden state of the position before, row accepted[b] of its rows.
 
-    Shapes  slots, accepted, num_propose [B] int64 of any stride; by slot: length, last_token [S]
-            int64; hidden [B * Q, H] contiguous; B at least 1. Returns tokens, positions [B] int64
-            and hidden [B, H], zeros where num_propose is 0: that of a padding sequence is not read.
-    Dtypes  hidden any; a copy.
+    Shapes  slots, accepted, num_propose [B] int64 of any stride; by_slot of S slots; hidden
+            [B * Q, H] contiguous; newest of B sequences and H, contiguous; B at least 1.
+    Dtypes  both hidden alike, any; a copy.
+    Writes  newest; its hidden is 0 where num_propose is 0: that of a padding sequence is not read.
     Error   none.
     Raises  ValueError on another shape, stride or dtype.
     """
     batch, (total, width) = slots.shape[0], hidden.shape
+    length, last_token = by_slot.length, by_slot.last_token
     require(
         all(t.shape == (batch,) and t.dtype == torch.int64 for t in (slots, accepted, num_propose))
         and all(
@@ -369,15 +373,19 @@ def newest_inputs(
         )
         and hidden.is_contiguous()
         and batch > 0
-        and total % batch == 0,
+        and total % batch == 0
+        and newest.tokens.shape == newest.positions.shape == (batch,)
+        and newest.tokens.dtype == newest.positions.dtype == torch.int64
+        and newest.hidden.shape == (batch, width)
+        and newest.hidden.dtype == hidden.dtype
+        and all(t.is_contiguous() for t in newest),
         "newest_inputs",
         slots=slots,
         accepted=accepted,
         num_propose=num_propose,
         hidden=hidden,
+        newest=newest,
     )
-    tokens, positions = torch.empty(2, batch, dtype=torch.int64, device=slots.device)
-    own = torch.empty(batch, width, dtype=hidden.dtype, device=slots.device)
     launch = settings("copy", hidden)
     _newest_inputs_kernel[(batch, cdiv(width, launch["BLOCK"]))](
         slots,
@@ -386,9 +394,7 @@ def newest_inputs(
         length,
         last_token,
         hidden,
-        tokens,
-        positions,
-        own,
+        *newest,
         slots.stride(0),
         accepted.stride(0),
         num_propose.stride(0),
@@ -396,7 +402,6 @@ def newest_inputs(
         width,
         **launch,
     )
-    return Newest(tokens, positions, own)
 
 
 def _require(name: str, block_table: Tensor, batch: int, **rows: Tensor) -> None:

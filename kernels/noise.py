@@ -8,6 +8,7 @@ from eaglerun.kernels import paired
 from eaglerun.kernels.language import begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import noise as reference
+from eaglerun.kernels.rows import Best
 
 TOKEN, ACCEPT, RECOVER, DRAFT, SYNTHETIC = (
     reference.TOKEN,
@@ -102,6 +103,8 @@ def _draw_chunk_kernel(
         tl.load(seed_ptr + row * seed_step), tl.load(position_ptr + row * position_step), STEP
     )
     z = score.to(tl.float64) + _gumbel(key, v)
+    # Above all, as in torch, so that an id comes out and its value is not finite.
+    z = tl.where(z != z, float("inf"), z)
     best = tl.max(z, axis=0)
     tl.store(best_ptr + row * chunks + chunk, best)
     tl.store(id_ptr + row * chunks + chunk, tl.min(tl.where(z == best, v, 0x7FFFFFFF), axis=0))
@@ -109,14 +112,17 @@ def _draw_chunk_kernel(
 
 @jit
 def _draw_merge_kernel(
-    best_ptr, id_ptr, out_ptr, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    best_ptr, id_ptr, pairs_ptr, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     z = tl.load(best_ptr + row * chunks + c, mask=c < chunks, other=float("-inf"))
     v = tl.load(id_ptr + row * chunks + c, mask=c < chunks, other=0x7FFFFFFF)
-    tl.store(out_ptr + row, tl.min(tl.where(z == tl.max(z, axis=0), v, 0x7FFFFFFF), axis=0))
+    best = tl.max(z, axis=0)
+    tl.store(pairs_ptr + 2 * row, best.to(tl.int64, bitcast=True))
+    found = tl.min(tl.where(z == best, v, 0x7FFFFFFF), axis=0)
+    tl.store(pairs_ptr + 2 * row + 1, found.to(tl.int64))
 
 
 @paired(reference.uniform)
@@ -158,15 +164,17 @@ def gumbel(seed: Tensor, position: Tensor, stream: int, size: int) -> Tensor:
 
 
 @paired(reference.gumbel_argmax)
-def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
-    """argmax_v(scores[n, v] + gumbel(seed[n], position[n], stream)[v]), lowest id on a tie.
+def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -> Best:
+    """The largest scores[n, v] + gumbel(seed[n], position[n], stream)[v], and its v: the lowest of
+    equals. A NaN is above all, and its value is not finite.
 
     The draw of one token per row from softmax(scores), without the noise in memory.
 
     Shapes  scores [N, V], last dim contiguous, -inf allowed; seed, position [N] int64 of any
-            stride; returns [N] int64. N may be 0.
+            stride; returns pairs [N, 2]. N may be 0.
     Dtypes  scores fp32 or fp64; noise and sum in fp64.
-    Error   equal to the reference but where two sums differ by a few ulp of float64.
+    Error   of the value a few ulp of float64; the id is the reference's but where two sums differ
+            by no more.
     Raises  ValueError on another shape, stride or dtype.
     Source  Gumbel-max: Maddison et al. 2014, arXiv:1411.0030, section 2.
     """
@@ -182,7 +190,7 @@ def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -
         seed=seed,
     )
     rows, vocab = scores.shape
-    ids = torch.empty(rows, dtype=torch.int64, device=scores.device)
+    pairs = torch.empty(rows, 2, dtype=torch.int64, device=scores.device)
     if rows:
         launch = settings("gumbel", scores)
         chunks = cdiv(vocab, launch["BLOCK"])
@@ -204,12 +212,12 @@ def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -
         _draw_merge_kernel[(rows,)](
             best,
             best_ids,
-            ids,
+            pairs,
             chunks,
             BLOCK=power_of_2(chunks),
             **settings("one_warp", scores),
         )
-    return ids
+    return Best(pairs)
 
 
 def _step(stream: int) -> int:

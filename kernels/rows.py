@@ -5,6 +5,7 @@ Each is a tuple, made where its tensors are made and handed on whole.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -127,5 +128,53 @@ class Newest(NamedTuple):
     hidden: Tensor
 
 
+class BySlot(NamedTuple):
+    """What the device remembers of each of S slots between steps, for the kernels of a step.
+
+    length        [S] int64, tokens known so far, the newest one (not yet in KV) included
+    last_token    [S] int64, the newest token
+    draft_tokens  [S, K] int64, proposed after it
+    block_table   [S, M] int32
+    """
+
+    length: Tensor
+    last_token: Tensor
+    draft_tokens: Tensor
+    block_table: Tensor
+
+
+class Best(NamedTuple):
+    """The best token of each row, and how good it is.
+
+    pairs  [..., 2] int64: the bits of the value as a float64, then the id. Both lie side by side,
+           so that ranks that hold a part of the vocabulary each exchange them at once.
+    """
+
+    pairs: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """[...] float64; of a row with a NaN not finite."""
+        return self.pairs.view(torch.float64)[..., 0]
+
+    @property
+    def ids(self) -> Tensor:
+        """[...] int64"""
+        return self.pairs[..., 1]
+
+
+class Emitted(NamedTuple):
+    """What a verify makes of each of B sequences.
+
+    tokens    [B, Q] int64, the accepted drafts and the target's own token, then -1
+    accepted  [B] int64, how many drafts stand
+    broken    [B] int64, 1 where the target's numbers are not finite: the tokens mean nothing
+    """
+
+    tokens: Tensor
+    accepted: Tensor
+    broken: Tensor
+
+
 # Tuples that an error message tells part by part.
-WORDS = (Rows, LayerKV, HeadNorms, Routing, Experts)
+WORDS = (Rows, LayerKV, HeadNorms, Routing, Experts, Newest, BySlot, Best, Emitted)

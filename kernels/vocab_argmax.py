@@ -8,6 +8,7 @@ from eaglerun.kernels import paired
 from eaglerun.kernels.language import FLOATS, begin, cdiv, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import vocab_argmax as reference
+from eaglerun.kernels.rows import Best
 
 
 @jit
@@ -27,6 +28,13 @@ def index_of(key):
 
 
 @jit
+def value_of(key):
+    """The x of ordered_key: a NaN for a NaN, 0.0 for either zero."""
+    bits = (key >> 32).to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@jit
 def _argmax_chunk_kernel(
     logits_ptr, best_ptr, logits_row, V, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
@@ -40,20 +48,23 @@ def _argmax_chunk_kernel(
 
 
 @jit
-def _argmax_merge_kernel(best_ptr, id_ptr, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _argmax_merge_kernel(best_ptr, pairs_ptr, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     key = tl.load(best_ptr + row * chunks + c, mask=c < chunks, other=-0x7FFFFFFFFFFFFFFF)
-    tl.store(id_ptr + row, index_of(tl.max(key, axis=0)))
+    best = tl.max(key, axis=0)
+    value = value_of(best).to(tl.float64).to(tl.int64, bitcast=True)
+    tl.store(pairs_ptr + 2 * row, value)
+    tl.store(pairs_ptr + 2 * row + 1, index_of(best))
 
 
 @paired(reference.vocab_argmax)
-def vocab_argmax(logits: Tensor) -> Tensor:
-    """Id of the largest logit of each row; the lowest id among equals.
+def vocab_argmax(logits: Tensor) -> Best:
+    """The largest logit of each row and its id; the lowest id among equals.
 
-    Shapes  logits [N, V], last dim contiguous; returns [N] int64. N may be 0; 0 < V < 2^31.
-    Dtypes  bf16, fp16 or fp32, compared in fp32.
+    Shapes  logits [N, V], last dim contiguous; returns pairs [N, 2]. N may be 0; 0 < V < 2^31.
+    Dtypes  bf16, fp16 or fp32, compared in fp32; the value is exact.
     Error   none: equal to the reference, NaN (the largest) and signed zeros (equal) included.
     Raises  ValueError on another shape, stride or dtype.
     """
@@ -66,7 +77,7 @@ def vocab_argmax(logits: Tensor) -> Tensor:
         logits=logits,
     )
     rows, vocab = logits.shape
-    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    pairs = torch.empty(rows, 2, dtype=torch.int64, device=logits.device)
     if rows:
         launch = settings("vocab_argmax", logits)
         chunks = cdiv(vocab, launch["BLOCK"])
@@ -75,6 +86,6 @@ def vocab_argmax(logits: Tensor) -> Tensor:
             logits, best, logits.stride(0), vocab, chunks, **launch
         )
         _argmax_merge_kernel[(rows,)](
-            best, ids, chunks, BLOCK=power_of_2(chunks), **settings("one_warp", logits)
+            best, pairs, chunks, BLOCK=power_of_2(chunks), **settings("one_warp", logits)
         )
-    return ids
+    return Best(pairs)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import Op
-from eaglerun.kernels.rows import WORDS
+from eaglerun.kernels.rows import WORDS, Best
 
 
 def compare(
@@ -82,7 +82,10 @@ def _copy(t: Tensor) -> Tensor:
 def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
     found: list[Tensor] = []
     for v in values:
-        if isinstance(v, Tensor):
+        if isinstance(v, Best):
+            # The value as a number: a float may be off by its last bit.
+            found += [v.values, v.ids]
+        elif isinstance(v, Tensor):
             found.append(v)
         elif isinstance(v, (tuple, list)):
             found += _tensors(tuple(v))

@@ -30,7 +30,17 @@ from eaglerun.kernels.moe_gemm import moe_gemm
 from eaglerun.kernels.moe_route import moe_route
 from eaglerun.kernels.noise import gumbel, gumbel_argmax, uniform
 from eaglerun.kernels.rmsnorm import add_gemma_rmsnorm
-from eaglerun.kernels.rows import Experts, HeadNorms, LayerKV, Routing, Rows
+from eaglerun.kernels.rows import (
+    Best,
+    BySlot,
+    Emitted,
+    Experts,
+    HeadNorms,
+    LayerKV,
+    Newest,
+    Routing,
+    Rows,
+)
 from eaglerun.kernels.swiglu_oai import swiglu, swiglu_oai
 from eaglerun.kernels.vocab_argmax import vocab_argmax
 
@@ -103,16 +113,20 @@ def _rowwise(new: Any, ints: Any) -> Iterator[Call]:
     for columns in (HIDDEN, 9856, VOCAB):
         yield linear, (new(64, HIDDEN), new(columns, HIDDEN))
     yield store_carry, (x, ints(4), new(32, HIDDEN), BLOCK)
-    yield accept, (ints(4, 4), new(4, 3, dtype=torch.bool), ints(4))
-    state = (ints(9), ints(9), ints(9))
-    yield move_on, (ints(4, 4), ints(4), ints(4), *state, ints(8, 8), ints(8))
-    yield window, (ints(9, 4096), ints(4), ints(4), 4)
+    best = Best(ints(4, 4, 2))
+    yield accept, (best.ids, best.values, new(4, 3, dtype=torch.bool), ints(4))
     table = ints(4, 64, dtype=torch.int32)
+    by_slot = BySlot(ints(9), ints(9), ints(9, 7), ints(9, 64, dtype=torch.int32))
+    emitted, kept = Emitted(ints(4, 4), ints(4), ints(4)), ints(8, 10)
+    kept = Emitted(kept[:, 2:], kept[:, 0], kept[:, 1])
+    yield move_on, (ints(4), emitted, by_slot, ints(9), kept)
+    yield window, (ints(9, 4096), ints(4), ints(4), 4)
     yield kv_slots_of, (ints(4, 4), table, BLOCK)
-    yield verify_inputs, (ints(4), ints(4), ints(4), ints(4), ints(4, 7), table, BLOCK, 4)
+    yield verify_inputs, (ints(4), ints(4), by_slot, table, BLOCK, 4)
     yield draft_inputs, (ints(4), 1, ints(4, 3)[:, 2], table, BLOCK)
     yield accepted_inputs, (ints(4, 9)[:, 1:5], ints(4), table, BLOCK)
-    yield newest_inputs, (ints(4), ints(4, 9)[:, 0], ints(4), ints(9), ints(9), new(16, HIDDEN))
+    newest = Newest(ints(4), ints(4), new(4, HIDDEN))
+    yield newest_inputs, (ints(4), ints(4, 9)[:, 0], ints(4), by_slot, new(16, HIDDEN), newest)
     yield vocab_argmax, (new(4, VOCAB),)
     yield vocab_argmax, (new(4, VOCAB, dtype=torch.float32),)
     yield uniform, (ints(4), ints(4), 1)

@@ -26,8 +26,8 @@ from eaglerun.kernels.rows import LayerKV, Routing, Rows
 from eaglerun.models.attention import TargetKV
 from eaglerun.models.minimax_m3 import BlockSelector, DecoderLayer, MiniMaxM3
 from eaglerun.models.moe import Gate, MoE
-from eaglerun.run.buffers import host_tensor
 from eaglerun.run.runner import Runner
+from eaglerun.staging import host_tensor
 
 MAX_STEPS = 2.0
 # Replays in which selections beyond MAX_STEPS are undone: later ones come first by that.
@@ -98,7 +98,7 @@ class Selections:
     def _note_rows(self, runner: Runner, _: MiniMaxM3, args: tuple[Tensor, Rows]) -> None:
         rows = args[1]
         if rows.cu_seqlens is None:
-            slots = runner.buffers.slots[:, None].expand(-1, rows.longest).flatten()
+            slots = runner.decode.buffers.slots[:, None].expand(-1, rows.longest).flatten()
         else:
             assert runner.plan is not None
             owners = [c.slot_id for c in runner.plan.prefill for _ in c.token_ids]

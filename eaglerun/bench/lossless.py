@@ -174,7 +174,7 @@ def script_of(
     vocab_size: int,
     seed: int,
 ) -> Callable[[int, int], Tensor]:
-    """DeviceState.write_script: the answer of sequence i at its places, each token right with
+    """Script.write: the answer of sequence i at its places, each token right with
     probability ``rate``, for the sequence whose seed is i."""
 
     def write(sequence: int, length: int) -> Tensor:
@@ -269,9 +269,9 @@ class Check:
         engine = start_engine(config, self.models, policy)
         if options.acceptance is not None and num_drafts and plain is not None:
             rate = right_rate(options.acceptance, num_drafts)
-            runner_of(engine).state.write_script = script_of(
-                self.prompts, plain.tokens, rate, vocab_size, options.seed
-            )
+            script = runner_of(engine).script
+            assert script is not None
+            script.write = script_of(self.prompts, plain.tokens, rate, vocab_size, options.seed)
         judged = Judged(len(self.prompts))
         engine.observer = judged
         selections = Selections(runner_of(engine), len(self.prompts), self._longest)

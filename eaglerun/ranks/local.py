@@ -24,9 +24,11 @@ from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.plan.step import StepPlan
 from eaglerun.progress import counter
 from eaglerun.ranks.rank import RankReady
+from eaglerun.run.decode import MAX_CAPTURED_ROWS
 from eaglerun.run.memory import CudaMemory, DeviceMemory, measure, rehearsing, weights_of
+from eaglerun.run.options import RunnerOptions
 from eaglerun.run.pending import PendingStep
-from eaglerun.run.runner import MAX_CAPTURED_ROWS, Runner, RunnerOptions
+from eaglerun.run.runner import Runner
 from eaglerun.speculative.verify import synthetic_rates
 
 # Decode batch sizes that are captured as graphs, as far as max_num_seqs needs them.

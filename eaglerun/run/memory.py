@@ -18,7 +18,8 @@ from eaglerun.messages import MAX_LOGPROBS, SamplingParams
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.plan.step import STEP_TIMEOUT_S, Admission, DecodeRow, PrefillChunk, StepPlan
-from eaglerun.run.runner import Runner, RunnerOptions
+from eaglerun.run.options import RunnerOptions
+from eaglerun.run.runner import Runner
 
 # The device gives out large tensors in whole pages.
 _PAGE_BYTES = 2 << 20

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.errors import RankFailed
+from eaglerun.kernels.rows import Emitted
 from eaglerun.messages import TokenLogprobs
 from eaglerun.plan.step import StepPlan, StepResult, StepTimes
 from eaglerun.sampling import LogprobRows
@@ -31,12 +32,10 @@ PromptLogprobs = tuple[list[LogprobRows], tuple[int, ...]]
 
 @dataclass(slots=True)
 class Decoded:
-    """On the host: accepted and broken [B], emitted [B, >= Q] and drafts [B, >= num_propose], B no
-    less than the plan's rows, and num_experts [1]."""
+    """On the host: what was emitted, of no fewer sequences and tokens than the plan's, drafts
+    [B, >= num_propose] and num_experts [1]."""
 
-    accepted: Tensor
-    broken: Tensor
-    emitted: Tensor
+    emitted: Emitted
     drafts: Tensor
     num_experts: Tensor
     logprobs: LogprobRows | None
@@ -91,10 +90,11 @@ class PendingStep:
         decode_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if self._decoded is not None:
             count, width = len(plan.decode), plan.num_drafts + 1
-            rows = self._decoded.emitted[:count, :width].tolist()
+            emitted = self._decoded.emitted
+            rows = emitted.tokens[:count, :width].tolist()
             decode = tuple(tuple(t for t in row if t >= 0) for row in rows)
-            accepted = tuple(self._decoded.accepted[:count].tolist())
-            broken = tuple(map(bool, self._decoded.broken[:count].tolist()))
+            accepted = tuple(emitted.accepted[:count].tolist())
+            broken = tuple(map(bool, emitted.broken[:count].tolist()))
             num_experts = int(self._decoded.num_experts)
             if plan.num_propose:
                 made = self._decoded.drafts[:count].tolist()

@@ -1,4 +1,4 @@
-"""Propose: the EAGLE3 draft's part of a step.
+"""Eagle3: the draft of EAGLE3 as a Drafter.
 
 The draft row (embedding of x_p, fc(aux of position p - 1)) stands at position p and predicts
 x_(p+1). Its keys and values depend on its inputs only, so every target forward fills them for the
@@ -8,12 +8,118 @@ tokens it made certain; attention, MLP and head run on the one row per sequence 
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.draft_inputs import accepted_inputs, draft_inputs
+from eaglerun.head import Head
+from eaglerun.kernels.carry import store_carry
+from eaglerun.kernels.draft_inputs import accepted_inputs, draft_inputs, newest_inputs
 from eaglerun.kernels.noise import DRAFT, TOKEN
-from eaglerun.kernels.rows import LayerKV, Newest, Rows
-from eaglerun.kernels.vocab_argmax import vocab_argmax
+from eaglerun.kernels.rows import BySlot, LayerKV, Newest, Rows
+from eaglerun.models.attention import DraftKV, KVRegion
 from eaglerun.models.eagle3_llama import Eagle3Llama
-from eaglerun.sampling import SlotRows, draw, filtered
+from eaglerun.plan.step import Admission
+from eaglerun.sampling import Scored, SlotRows, filtered
+from eaglerun.speculative.drafter import Asked, DrafterOptions, Filled
+
+
+class Eagle3:
+    """The draft model, its KV, and its carries.
+
+    kv           paged on the target's block tables
+    block_carry  [num_blocks, H] fc(aux) of the last token of each block
+    carry        [S + 1, H] fc(aux) of the last position computed by a prefill chunk, by slot
+    """
+
+    def __init__(
+        self, model: Eagle3Llama, aux: Tensor, by_slot: BySlot, options: DrafterOptions
+    ) -> None:
+        """``aux`` [taps, max_rows, target hidden]: what a target forward captures; ``by_slot``:
+        the state that an accept has moved on."""
+        self.model = model
+        self._aux = aux
+        self._by_slot = by_slot
+        self._options = options
+        size, device, dtype = model.spec.hidden_size, aux.device, aux.dtype
+        pages = (options.num_blocks, options.block_size)
+        self.kv = DraftKV.allocate(model.spec, *pages, device, options.kv_dtype)
+        self.block_carry = torch.empty(options.num_blocks, size, device=device, dtype=dtype)
+        self.carry = torch.zeros(options.num_slots + 1, size, device=device, dtype=dtype)
+        # What the drafting of a decode step begins with, at addresses that no K moves.
+        tokens, positions = torch.zeros(2, options.max_batch, device=device, dtype=torch.int64)
+        hidden = torch.zeros(options.max_batch, size, device=device, dtype=dtype)
+        self._newest = Newest(tokens, positions, hidden)
+        self._probs: Tensor | None = None
+        if options.rejection and options.probabilistic:
+            self._probs = torch.zeros(
+                options.num_slots + 1,
+                options.num_draft_tokens,
+                model.spec.vocab_size,
+                device=device,
+            )
+
+    def admit(self, admission: Admission) -> None:
+        if admission.carry_block >= 0:
+            self.carry[admission.slot_id] = self.block_carry[admission.carry_block]
+
+    def fill(self, verified: Filled, proposes: bool) -> Newest:
+        v = verified
+        B, Q = v.emitted.shape
+        fed = self._combine(B * Q, v.kv_slots)
+        fill_accepted(self.model, self.kv.layer, v.emitted, fed, v.start, v.block_table)
+        newest = Newest(*(t[:B] for t in self._newest))
+        if proposes:
+            newest_inputs(v.slots, v.accepted, v.num_propose, self._by_slot, fed, newest)
+        return newest
+
+    def fill_prompt(self, token_ids: Tensor, rows: Rows, slots: Tensor, ends: Tensor) -> Tensor:
+        """Each row takes fc(aux) of the position before it.
+
+        The first row of a chunk takes the carry that its chunk, block or preemption left behind;
+        position 0 has no draft row.
+        """
+        assert rows.cu_seqlens is not None  # ragged
+        fed = self._combine(token_ids.shape[0], rows.kv_slots)
+        before = torch.cat([fed[:1], fed[:-1]])
+        before[rows.cu_seqlens[:-1].long()] = self.carry[slots]
+        has_row = rows.positions > 0
+        self.model.fill_kv(
+            token_ids,
+            before,
+            torch.where(has_row, rows.positions, -1),
+            torch.where(has_row, rows.kv_slots, -1),
+            self.kv.layer,
+        )
+        last = fed[ends]
+        self.carry[slots] = last
+        return last
+
+    def start(
+        self, tokens: Tensor, positions: Tensor, hidden: Tensor, block_table: Tensor
+    ) -> Newest:
+        emitted = tokens[:, None]
+        fill_accepted(self.model, self.kv.layer, emitted, hidden, positions, block_table)
+        return Newest(tokens, positions, hidden)
+
+    def propose(self, asked: Asked, count: int, rows: SlotRows) -> Tensor:
+        options, sampler = self._options, None
+        if options.probabilistic and rows.features.sampled:
+            sampler = Sampler(rows, options.rejection)
+        limit = options.max_model_len
+        asked = asked._replace(max_seq_len=min(asked.max_seq_len, limit))
+        drafts, probs = propose(self.model, self.kv.layer, asked, count, sampler)
+        if probs is not None and self._probs is not None:
+            self._probs[rows.slots, :count] = probs.float()
+        return drafts
+
+    def probs(self, slots: Tensor, count: int) -> Tensor | None:
+        return None if self._probs is None else self._probs[slots, :count]
+
+    def regions(self) -> tuple[KVRegion, ...]:
+        return (*self.kv.regions(), KVRegion("draft.carry", self.block_carry, "dim"))
+
+    def _combine(self, num_rows: int, kv_slots: Tensor) -> Tensor:
+        """fc(aux) of the target's rows [num_rows, H]; the last of each block becomes its carry."""
+        fed = self.model.combine(self._aux[:, :num_rows])
+        store_carry(fed, kv_slots, self.block_carry, self._options.block_size)
+        return fed
 
 
 def fill_accepted(
@@ -21,15 +127,15 @@ def fill_accepted(
     kv: LayerKV,
     emitted: Tensor,
     hidden: Tensor,
-    length: Tensor,
+    start: Tensor,
     block_table: Tensor,
 ) -> None:
-    """Draft KV of the tokens a verify emitted: token i of a sequence at position length + i.
+    """Draft KV of the tokens a verify emitted: token i of a sequence at position start + i.
 
-    Shapes  emitted [B, Q] int64 (-1: none); hidden [B * Q, H], fc(aux) of the verify rows; length
-            [B] int64 before the step; block_table [B, M].
+    Shapes  emitted [B, Q] int64 (-1: none); hidden [B * Q, H], fc(aux) of the verify rows; start
+            [B] int64; block_table [B, M].
     """
-    ids, positions, slots = accepted_inputs(emitted, length, block_table, kv.block_size)
+    ids, positions, slots = accepted_inputs(emitted, start, block_table, kv.block_size)
     draft.fill_kv(ids.view(-1), hidden, positions.view(-1), slots.view(-1), kv)
 
 
@@ -42,33 +148,25 @@ class Sampler:
         # that is independent of it.
         self._stream = DRAFT if rejection else TOKEN
 
-    def __call__(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, head: Head, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B] for ``positions`` [B], and the distribution [B, V] they were drawn from."""
         one = logits[:, None]
         logp = filtered(one, self._rows)
-        tokens = draw(one, logp, self._rows, positions[:, None], self._stream)
-        return tokens[:, 0], logp[:, 0].exp()
+        best = head.best(Scored(one, logp, positions[:, None]), self._rows, self._stream)
+        return best.ids[:, 0], logp[:, 0].exp()
 
 
 def propose(
-    draft: Eagle3Llama,
-    kv: LayerKV,
-    newest: Newest,
-    num_propose: Tensor,
-    num_passes: int,
-    block_table: Tensor,
-    max_seq_len: int,
-    sampler: Sampler | None,
+    draft: Eagle3Llama, kv: LayerKV, asked: Asked, num_passes: int, sampler: Sampler | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Draft ``num_passes`` tokens after the newest token of each of B sequences.
+    """Draft ``num_passes`` tokens after the newest token of each of B sequences, whose hidden state
+    is finite.
 
-    Shapes  newest of B, its hidden finite; num_propose [B] int64, passes that count for the
-            sequence (later rows are padding); block_table [B, M]; max_seq_len: upper bound of
-            position + 1. Returns draft ids [B, num_passes] in the target's vocabulary, and the
-            distributions [B, num_passes, vocab_size] where ``sampler`` drew them.
+    Returns  draft ids [B, num_passes] in the target's vocabulary, and the distributions
+             [B, num_passes, vocab_size] where ``sampler`` drew them.
     """
-    tokens, position, hidden = newest
-    bound = block_table.shape[1] * kv.block_size
+    (tokens, position, hidden), num_propose, block_table, max_seq_len = asked
+    head, bound = Head(draft.logits), block_table.shape[1] * kv.block_size
     drafts, probs = [], []
     for s in range(num_passes):
         positions, slots, seq_lens = draft_inputs(
@@ -77,15 +175,15 @@ def propose(
         max_len = min(max_seq_len + s, bound)
         rows = Rows(positions.view(-1), slots.view(-1), block_table, seq_lens, max_len)
         normed, hidden = draft.forward(tokens, hidden, rows, kv)
-        logits = draft.logits(normed)
+        logits = head.logits(normed)
         if sampler is None:
-            tokens = draft.to_target_ids(vocab_argmax(logits))
+            tokens = draft.to_target_ids(head.greedy(logits).ids)
         else:
             if draft.d2t is not None:
                 whole = logits.new_full((len(logits), draft.spec.vocab_size), -torch.inf)
                 ids = torch.arange(logits.shape[1], device=logits.device)
                 logits = whole.index_copy(1, draft.to_target_ids(ids), logits)
-            tokens, drawn_from = sampler(logits, position + s + 1)
+            tokens, drawn_from = sampler(head, logits, position + s + 1)
             probs.append(drawn_from)
         drafts.append(tokens)
     return torch.stack(drafts, dim=1), torch.stack(probs, dim=1) if probs else None

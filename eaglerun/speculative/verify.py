@@ -1,22 +1,27 @@
 """Accept: judge the drafts of a step against the target's logits, and choose what is emitted.
 
-Two lossless rules. *invariant* (default): a draft stands iff it is the token that sampling
+Two lossless judges. *Invariant* (default): a draft stands iff it is the token that sampling
 without a draft would have chosen at its place; the same seed gives the same output at any K.
-*rejection*: the classic rule of speculative sampling; the same distribution, but what a seed gives
-depends on K. Synthetic acceptance forces a given mean length for benchmarks; its text means
-nothing.
+*Rejection*: the classic rule of speculative sampling; the same distribution, but what a seed gives
+depends on K. *Forced*, for benchmarks and tests, accepts by given rates or takes tokens from a
+script; its text means nothing.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from eaglerun.errors import ConfigError
-from eaglerun.kernels.accept import accept
+from eaglerun.head import Head
+from eaglerun.kernels.accept import accept, window
 from eaglerun.kernels.noise import ACCEPT, RECOVER, SYNTHETIC, gumbel_argmax, uniform
-from eaglerun.sampling import SlotRows, adjust, draw, filtered, greedy
+from eaglerun.kernels.rows import Emitted
+from eaglerun.plan.step import Admission
+from eaglerun.sampling import Scored, SlotRows, places, score
+from eaglerun.staging import to_device
 
 
 def synthetic_rates(length: float, num_draft_tokens: int) -> tuple[float, ...]:
@@ -36,16 +41,6 @@ def synthetic_rates(length: float, num_draft_tokens: int) -> tuple[float, ...]:
     return tuple(r / b if b else 0.0 for r, b in zip(rates, before, strict=False))
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """emitted [B, Q] int64 (-1: none), accepted [B] int64, scored [B, Q, V]: the logits after
-    penalties and filters, for processed log-probabilities."""
-
-    emitted: Tensor
-    accepted: Tensor
-    scored: Tensor
-
-
 class Drafts(NamedTuple):
     """The drafts to be judged: up to K of B sequences.
 
@@ -59,48 +54,83 @@ class Drafts(NamedTuple):
     probs: Tensor | None = None
 
 
-def verify(
-    logits: Tensor,
-    drafts: Drafts,
-    length: Tensor,
-    rows: SlotRows,
-    rejection: bool,
-    synthetic: Tensor | None,
-    script: Tensor | None = None,
-) -> Verified:
-    """Judge the drafts.
+class Verified(NamedTuple):
+    """``final`` [B, Q, V]: what the tokens were chosen from, for processed log-probabilities."""
 
-    Shapes  logits [B, K + 1, V], row j after the last token and d1 .. dj; length [B] int64, last
-            token included; synthetic [K] float64, conditional acceptance rates that replace
-            judgement; script [B, K + 1] int64, tokens that take the place of the target's choices.
-    """
-    Q, tokens = logits.shape[1], drafts.tokens
-    logits = adjust(logits, rows, tokens)
-    logp = filtered(logits, rows) if rows.features.sampled else None
-    scored = logits if logp is None else logp
-    if synthetic is None and logp is None:
-        targets = greedy(logits)
-        matches = (targets if script is None else script)[:, :-1] == tokens
-    elif synthetic is not None:
-        positions = length[:, None] + torch.arange(Q, device=logits.device)
-        targets, matches = _synthetic(logits, tokens, positions, rows, synthetic)
-    else:
-        positions = length[:, None] + torch.arange(Q, device=logits.device)
-        targets = draw(logits, logp, rows, positions)
-        matches = (targets if script is None else script)[:, :-1] == tokens
-        if rejection and logp is not None and Q > 1:
-            stands, recovered = _reject(logp, drafts, positions, rows)
-            sampled = rows.sampled[:, None]
-            matches = torch.where(sampled, stands, matches)
-            judged = torch.arange(Q - 1, device=logits.device) < drafts.num_drafts[:, None]
-            chosen = torch.where(stands, tokens, recovered)
-            targets = torch.cat(
-                [torch.where(sampled & judged, chosen, targets[:, :-1]), targets[:, -1:]], dim=1
-            )
-    if script is not None:
-        targets = script
-    emitted, accepted = accept(targets, matches, drafts.num_drafts)
-    return Verified(emitted, accepted, scored)
+    emitted: Emitted
+    final: Tensor
+
+
+class Judge(Protocol):
+    """Decides which tokens a step emits. One is chosen at start."""
+
+    def admit(self, admission: Admission) -> None:
+        """A sequence takes a slot."""
+
+    def first(self, logits: Tensor, rows: SlotRows, start: Tensor) -> tuple[Tensor, Scored]:
+        """The token [B] after each prompt, and what it was chosen from.
+
+        Shapes  logits [B, 1, V]; start [B] int64, where the token will stand.
+        """
+
+    def judge(self, logits: Tensor, drafts: Drafts, start: Tensor, rows: SlotRows) -> Verified:
+        """The drafts that stand, then the target's own token.
+
+        Shapes  logits [B, K + 1, V], row j after the last token and d1 .. dj; start [B] int64,
+                position of d1.
+        """
+
+    def drafted(self, tokens: Tensor, slots: Tensor, newest: Tensor) -> Tensor:
+        """The drafts [B, K] to remember where ``tokens`` were proposed after position newest[b]."""
+
+
+class Invariant:
+    """A draft stands iff it is the token that the target itself would have chosen."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+
+    def admit(self, admission: Admission) -> None:
+        """Nothing is kept of a sequence."""
+
+    def first(self, logits: Tensor, rows: SlotRows, start: Tensor) -> tuple[Tensor, Scored]:
+        none = logits.new_zeros(logits.shape[0], 0, dtype=torch.int64)
+        scored = score(logits, rows, none, start)
+        return self.head.best(scored, rows).ids[:, 0], scored
+
+    def judge(self, logits: Tensor, drafts: Drafts, start: Tensor, rows: SlotRows) -> Verified:
+        scored = score(logits, rows, drafts.tokens, start)
+        best = self.head.best(scored, rows)
+        matches = best.ids[:, :-1] == drafts.tokens
+        targets, matches = self._settle(best.ids, matches, scored, drafts, rows)
+        return Verified(accept(targets, best.values, matches, drafts.num_drafts), scored.final)
+
+    def _settle(
+        self, targets: Tensor, matches: Tensor, scored: Scored, drafts: Drafts, rows: SlotRows
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens [B, K + 1] and which drafts [B, K] match them, from the target's choices."""
+        return targets, matches
+
+    def drafted(self, tokens: Tensor, slots: Tensor, newest: Tensor) -> Tensor:
+        return tokens
+
+
+class Rejection(Invariant):
+    """The classic rule for sampled sequences; greedy ones as Invariant."""
+
+    def _settle(
+        self, targets: Tensor, matches: Tensor, scored: Scored, drafts: Drafts, rows: SlotRows
+    ) -> tuple[Tensor, Tensor]:
+        K = drafts.tokens.shape[1]
+        if scored.logp is None or scored.positions is None or not K:
+            return targets, matches
+        stands, recovered = _reject(scored.logp, drafts, scored.positions, rows)
+        sampled = rows.sampled[:, None]
+        matches = torch.where(sampled, stands, matches)
+        judged = torch.arange(K, device=targets.device) < drafts.num_drafts[:, None]
+        chosen = torch.where(stands, drafts.tokens, recovered)
+        own = torch.where(sampled & judged, chosen, targets[:, :-1])
+        return torch.cat([own, targets[:, -1:]], dim=1), matches
 
 
 def _reject(
@@ -125,17 +155,86 @@ def _reject(
     else:
         q_draft = probs.gather(2, tokens[:, :, None])[:, :, 0].to(p.dtype)
         rest = (p - probs.to(p.dtype)).clamp(min=0)
-    recovered = gumbel_argmax(rest.log().view(-1, V), seeds, at, RECOVER)
+    recovered = gumbel_argmax(rest.log().view(-1, V), seeds, at, RECOVER).ids
     return u * q_draft < p_draft, recovered.view(B, K)
 
 
-def _synthetic(
-    logits: Tensor, tokens: Tensor, positions: Tensor, rows: SlotRows, rates: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Accept draft j with probability rates[j] whatever the target says; else its argmax."""
-    best = greedy(logits)
-    B, K = tokens.shape
-    u = uniform(rows.seeds(K), positions[:, :-1].reshape(-1), SYNTHETIC).view(B, K)
-    matches = u < rates[:K]
-    targets = torch.cat([torch.where(matches, tokens, best[:, :-1]), best[:, -1:]], dim=1)
-    return targets, matches
+class Script:
+    """Tokens by position for the sequence in each slot.
+
+    tokens  [S, L] int64
+    write   (seed, L) -> the script of a sequence: seeded random tokens. Tests and benchmarks put
+            their own here.
+    """
+
+    def __init__(self, num_slots: int, length: int, vocab_size: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(num_slots, length, dtype=torch.int64, device=device)
+        self.write: Callable[[int, int], Tensor] = partial(random_script, vocab_size)
+
+    def admit(self, admission: Admission) -> None:
+        written = self.write(admission.seed, self.tokens.shape[1])
+        self.tokens[admission.slot_id] = to_device(written, self.tokens.device)
+
+    def read(self, slots: Tensor, start: Tensor, count: int) -> Tensor:
+        """``count`` tokens from position ``start`` [B] on: [B, count]."""
+        return window(self.tokens, slots, start, count)
+
+
+def random_script(vocab_size: int, seed: int, length: int) -> Tensor:
+    """``length`` seeded random tokens."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return torch.randint(vocab_size, (length,), generator=generator)
+
+
+class Forced:
+    """Takes acceptance, drafts or tokens from elsewhere, for benchmarks and tests.
+
+    rates   [K] float64, the conditional acceptance probability of each draft, whatever the target
+            says; None: the drafts are judged
+    script  stands in for the drafts; None: they are the draft's
+    tokens  the script also takes the place of the target's choices
+    """
+
+    def __init__(
+        self, rule: Invariant, rates: Tensor | None, script: Script | None, tokens: bool
+    ) -> None:
+        self._rule = rule
+        self._rates = rates
+        self._script = script
+        self._tokens = script if tokens else None
+
+    def admit(self, admission: Admission) -> None:
+        if self._script is not None:
+            self._script.admit(admission)
+
+    def first(self, logits: Tensor, rows: SlotRows, start: Tensor) -> tuple[Tensor, Scored]:
+        chosen, scored = self._rule.first(logits, rows, start)
+        if self._tokens is not None:
+            chosen = self._tokens.read(rows.slots, start, 1)[:, 0]
+        return chosen, scored
+
+    def judge(self, logits: Tensor, drafts: Drafts, start: Tensor, rows: SlotRows) -> Verified:
+        if self._rates is None and self._tokens is None:
+            return self._rule.judge(logits, drafts, start, rows)
+        Q, head = logits.shape[1], self._rule.head
+        scored = score(logits, rows, drafts.tokens, start)
+        if self._rates is None:
+            best = head.best(scored, rows)
+        else:
+            best = head.greedy(scored.logits)
+        targets = best.ids if self._tokens is None else self._tokens.read(rows.slots, start, Q)
+        if self._rates is None:
+            matches = targets[:, :-1] == drafts.tokens
+        else:
+            positions = places(start, Q) if scored.positions is None else scored.positions
+            u = uniform(rows.seeds(Q - 1), positions[:, :-1].reshape(-1), SYNTHETIC)
+            matches = u.view(drafts.tokens.shape) < self._rates[: Q - 1]
+            if self._tokens is None:
+                own = torch.where(matches, drafts.tokens, targets[:, :-1])
+                targets = torch.cat([own, targets[:, -1:]], dim=1)
+        return Verified(accept(targets, best.values, matches, drafts.num_drafts), scored.final)
+
+    def drafted(self, tokens: Tensor, slots: Tensor, newest: Tensor) -> Tensor:
+        if self._script is None:
+            return tokens
+        return self._script.read(slots, newest + 1, tokens.shape[1])

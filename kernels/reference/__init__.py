@@ -12,6 +12,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from eaglerun.kernels.rows import Best
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -52,6 +54,15 @@ def _same(asked: tuple[object, ...], args: tuple[object, ...]) -> bool:
 def wide(x: Tensor) -> Tensor:
     """``x`` in the dtype a reference accumulates in: float64 stays, the rest becomes float32."""
     return x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
+
+
+def best_of(scores: Tensor) -> Best:
+    """The largest of each row of ``scores`` [N, V], the first of equals; a NaN is above all."""
+    values, ids = scores.max(dim=-1)
+    best = Best(torch.empty(len(ids), 2, dtype=torch.int64, device=scores.device))
+    best.values.copy_(values)
+    best.ids.copy_(ids)
+    return best
 
 
 FP8_MAX = 448.0  # of e4m3fn, which has no infinity

@@ -3,35 +3,33 @@
 import torch
 from torch import Tensor
 
+from eaglerun.kernels.rows import BySlot, Emitted
 
-def accept(targets: Tensor, matches: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
+
+def accept(targets: Tensor, values: Tensor, matches: Tensor, num_drafts: Tensor) -> Emitted:
     """See eaglerun.kernels.accept.accept."""
     k = matches.shape[1]
     row = torch.arange(k + 1, device=targets.device)
     judged = matches & (row[:k] < num_drafts[:, None])
     accepted = judged.long().cumprod(dim=1).sum(dim=1)
     kept = (row <= accepted[:, None]) & (num_drafts >= 0)[:, None]
-    return torch.where(kept, targets, -1), accepted
+    broken = ((row <= num_drafts[:, None]) & ~values.isfinite()).any(dim=1)
+    return Emitted(torch.where(kept, targets, -1), accepted, broken.long())
 
 
 def move_on(
-    emitted: Tensor,
-    accepted: Tensor,
-    slots: Tensor,
-    length: Tensor,
-    last_token: Tensor,
-    num_generated: Tensor,
-    kept_emitted: Tensor,
-    kept_accepted: Tensor,
+    slots: Tensor, emitted: Emitted, by_slot: BySlot, num_generated: Tensor, kept: Emitted
 ) -> None:
     """See eaglerun.kernels.accept.move_on."""
-    batch, rows = emitted.shape
-    count = (emitted >= 0).sum(dim=1)
-    length[slots] = length[slots] + count
+    tokens, accepted, broken = emitted
+    batch, rows = tokens.shape
+    count = (tokens >= 0).sum(dim=1)
+    by_slot.length[slots] = by_slot.length[slots] + count
     num_generated[slots] = num_generated[slots] + count
-    last_token[slots] = emitted.gather(1, accepted[:, None])[:, 0].clamp(min=0)
-    kept_emitted[:batch, :rows] = emitted
-    kept_accepted[:batch] = accepted
+    by_slot.last_token[slots] = tokens.gather(1, accepted[:, None])[:, 0].clamp(min=0)
+    kept.tokens[:batch, :rows] = tokens
+    kept.accepted[:batch] = accepted
+    kept.broken[:batch] = broken
 
 
 def window(source: Tensor, slots: Tensor, start: Tensor, count: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eaglerun.kernels.rows import Newest
+from eaglerun.kernels.rows import BySlot, Newest
 
 
 def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tensor:
@@ -16,22 +16,21 @@ def kv_slots_of(positions: Tensor, block_table: Tensor, block_size: int) -> Tens
 def verify_inputs(
     slots: Tensor,
     num_drafts: Tensor,
-    length: Tensor,
-    last_token: Tensor,
-    draft_tokens: Tensor,
-    block_table: Tensor,
+    by_slot: BySlot,
+    table: Tensor,
     block_size: int,
     num_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See eaglerun.kernels.draft_inputs.verify_inputs."""
-    length, table = length[slots], block_table[slots]
+    length = by_slot.length[slots]
+    table.copy_(by_slot.block_table[slots])
     row = torch.arange(num_rows, device=length.device)
     real = row <= num_drafts[:, None]
-    drafts = draft_tokens[slots, : num_rows - 1]
-    ids = torch.where(real, torch.cat([last_token[slots][:, None], drafts], dim=1), 0)
+    drafts = by_slot.draft_tokens[slots, : num_rows - 1]
+    ids = torch.where(real, torch.cat([by_slot.last_token[slots][:, None], drafts], dim=1), 0)
     positions = torch.where(real, length[:, None] - 1 + row, -1)
     seq_lens = torch.where(num_drafts >= 0, length + num_drafts, 0).int()
-    return ids, positions, kv_slots_of(positions, table, block_size), seq_lens, length, table
+    return ids, positions, kv_slots_of(positions, table, block_size), seq_lens, length
 
 
 def draft_inputs(
@@ -59,12 +58,13 @@ def newest_inputs(
     slots: Tensor,
     accepted: Tensor,
     num_propose: Tensor,
-    length: Tensor,
-    last_token: Tensor,
+    by_slot: BySlot,
     hidden: Tensor,
-) -> Newest:
+    newest: Newest,
+) -> None:
     """See eaglerun.kernels.draft_inputs.newest_inputs."""
     row = torch.arange(slots.shape[0], device=slots.device)
     own = hidden.unflatten(0, (slots.shape[0], -1))[row, accepted]
-    own = torch.where((num_propose > 0)[:, None], own, 0.0)
-    return Newest(last_token[slots], length[slots] - 1, own)
+    newest.hidden.copy_(torch.where((num_propose > 0)[:, None], own, 0.0))
+    newest.tokens.copy_(by_slot.last_token[slots])
+    newest.positions.copy_(by_slot.length[slots] - 1)

@@ -7,6 +7,9 @@ makes sampled output independent of speculation.
 import torch
 from torch import Tensor
 
+from eaglerun.kernels.reference import best_of
+from eaglerun.kernels.rows import Best
+
 # Streams: one kind of draw each, so that no draw is used twice for different ends.
 TOKEN, ACCEPT, RECOVER, DRAFT, SYNTHETIC = range(5)
 
@@ -47,6 +50,6 @@ def gumbel(seed: Tensor, position: Tensor, stream: int, size: int) -> Tensor:
     return -torch.log(-torch.log(u))
 
 
-def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
+def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor, stream: int) -> Best:
     """See eaglerun.kernels.noise.gumbel_argmax."""
-    return torch.argmax(scores + gumbel(seed, position, stream, scores.shape[1]), dim=-1)
+    return best_of(scores + gumbel(seed, position, stream, scores.shape[1]))

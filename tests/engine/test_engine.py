@@ -18,6 +18,7 @@ from eaglerun.kernels.rows import Rows
 from eaglerun.llm import LLM
 from eaglerun.messages import Failed, Finished, FinishReason, Request, SamplingParams
 from eaglerun.ranks.local import runner_of
+from eaglerun.speculative.eagle3 import Eagle3
 from eaglerun.start import start_engine
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
@@ -117,10 +118,11 @@ def poison(engine: Engine) -> None:
     with torch.inference_mode():
         for region in runner.target_kv.regions():
             region.tensor[~keep] = torch.nan
-        assert runner.draft_kv is not None and runner.block_carry is not None
-        for region in runner.draft_kv.regions():
+        drafter = runner.drafter
+        assert isinstance(drafter, Eagle3)
+        for region in drafter.kv.regions():
             region.tensor[~keep_draft] = torch.nan
-        runner.block_carry[~keep.all(dim=1)] = torch.nan
+        drafter.block_carry[~keep.all(dim=1)] = torch.nan
         assert runner.aux is not None
         runner.aux.fill_(torch.nan)
 
@@ -366,8 +368,9 @@ def test_per_request_draft_length():
 
 def test_no_draft_allocates_nothing_of_it():
     engine = make(k=0)
-    assert runner_of(engine).draft is None and runner_of(engine).draft_kv is None
-    assert runner_of(engine).block_carry is None and runner_of(engine).aux is None
+    runner = runner_of(engine)
+    assert runner.drafter is None and runner.aux is None
+    assert all(region.name.startswith("target.") for region in runner.kv_regions())
     assert answer(engine, GREEDY).token_ids == PLAIN
 
 
@@ -455,12 +458,13 @@ def test_the_target_alone_is_batch_invariant(monkeypatch: pytest.MonkeyPatch):
         yield
         inside.pop()
 
-    monkeypatch.setattr("eaglerun.run.runner.invariant", recording)
+    monkeypatch.setattr("eaglerun.run.decode.invariant", recording)
+    monkeypatch.setattr("eaglerun.run.prefill.invariant", recording)
     engine = make(batch_invariant=True)
     seen: dict[str, set[bool]] = {"target": set(), "draft": set()}
-    draft = runner_of(engine).draft
-    assert draft is not None
-    for name, model in (("target", runner_of(engine).target), ("draft", draft)):
+    runner = runner_of(engine)
+    assert isinstance(runner.drafter, Eagle3)
+    for name, model in (("target", runner.target), ("draft", runner.drafter.model)):
         for module in model.modules():
             module.register_forward_pre_hook(lambda *_, name=name: seen[name].add(inside == [True]))
     assert answer(engine, GREEDY).token_ids == PLAIN

@@ -20,7 +20,8 @@ from eaglerun.messages import SamplingParams
 from eaglerun.plan.blocks import hash_block, root_name
 from eaglerun.ranks.local import runner_of
 from eaglerun.run.memory import weights_of, widest_plans
-from eaglerun.run.runner import Runner, RunnerOptions
+from eaglerun.run.options import RunnerOptions
+from eaglerun.run.runner import Runner
 from eaglerun.start import start_engine
 
 MODELS = pair(0, 4, torch.float64)

@@ -46,7 +46,9 @@ def test_a_script_with_wrong_tokens_at_seeded_places_is_lossless():
             script[i] = token if rng.random() < 0.7 else (token + 1) % VOCAB
         return script
 
-    runner_of(engine).state.write_script = write_script
+    script = runner_of(engine).script
+    assert script is not None
+    script.write = write_script
     out = LLM.from_engine(engine).generate(PROMPTS, params, progress=False)
     assert [o.token_ids for o in out] == [o.token_ids for o in plain]
     at_first = engine.stats.acceptance.stats()
@@ -59,7 +61,9 @@ def test_scripted_tokens_are_the_same_stream_in_every_mode(k: int):
     engine = make(draft=k > 0, scripted="tokens", num_draft_tokens=k)
     out = LLM.from_engine(engine).generate([PROMPTS[0]], replace(GREEDY, seed=5), progress=False)
     start = len(PROMPTS[0])
-    script = runner_of(engine).state.write_script(5, 96)[start : start + 40]
+    written = runner_of(engine).script
+    assert written is not None
+    script = written.write(5, 96)[start : start + 40]
     assert list(out[0].token_ids) == script.tolist()
     assert len(set(out[0].token_ids)) > 20
 

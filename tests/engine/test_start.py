@@ -71,7 +71,7 @@ def test_the_bundled_pair_starts_from_its_settings():
     engine = start_engine(resolve(settings | {"num_kv_blocks": 4}, environ={}))
     assert engine.path == DEMO / "target" and engine.tokenizer is not None
     assert engine.num_draft_tokens == 3 and engine.max_model_len == 64
-    assert runner_of(engine).draft is not None
+    assert runner_of(engine).drafter is not None
 
 
 def test_kv_memory_too_small_for_a_block_is_refused():

@@ -1,4 +1,4 @@
-"""verify() alone: chi-square of what it emits for random target and draft distributions.
+"""The judges alone: chi-square of what it emits for random target and draft distributions.
 
 Every row has a seed of its own, drafts come from numpy, so that they are independent of the noise.
 Rows of greedy and padding sequences stand between the sampled ones. Seeds are fixed.
@@ -15,9 +15,10 @@ from oracles.distribution import ChiSquare
 from scipy import stats
 from torch import Tensor
 
+from eaglerun.head import Head
 from eaglerun.messages import SamplingParams
 from eaglerun.sampling import Features, SamplingState
-from eaglerun.speculative.verify import Drafts, Verified, verify
+from eaglerun.speculative.verify import Drafts, Invariant, Rejection, Verified
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
 ROWS = 6000 * SCALE
@@ -69,7 +70,7 @@ def judge(
     num_drafts[-2], num_drafts[-1] = K, -1  # a greedy sequence, then padding
     probs = q if passes_probs else None
     done = call_verify(seed, params, logits, drafts, probs, num_drafts, rejection)
-    emitted, accepted = done.emitted.numpy(), done.accepted.numpy()
+    emitted, accepted = done.emitted.tokens.numpy(), done.emitted.accepted.numpy()
     best = logits.argmax(axis=1)
     right = [*(drafts[-2] == best[:K]), False].index(False)
     assert emitted[-2].tolist() == [*best[: right + 1], *[-1] * (K - right)]
@@ -99,7 +100,8 @@ def call_verify(
     def every_row(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).expand(rows, *values.shape).contiguous()
 
-    return verify(
+    judge = (Rejection if rejection else Invariant)(Head(Tensor.clone))
+    return judge.judge(
         every_row(logits),
         Drafts(
             torch.from_numpy(drafts),
@@ -108,8 +110,6 @@ def call_verify(
         ),
         torch.full((rows,), 1000 + seed),
         state.rows(torch.arange(rows), features),
-        rejection,
-        None,
     )
 
 

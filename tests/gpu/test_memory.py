@@ -128,9 +128,9 @@ def test_a_share_that_is_too_small_is_refused(models: Models):
 def test_no_graph_is_captured_beyond_its_room(models: Models):
     made = engine(models, num_kv_blocks=16 * 25)
     expected = answers(made)
-    assert len(runner_of(made).graphs) > 2
+    assert len(runner_of(made).decode.graphs) > 2
     tight = engine(models, num_kv_blocks=16 * 25)
-    runner_of(tight).graphs.max_bytes = 1
+    runner_of(tight).decode.graphs.max_bytes = 1
     assert answers(tight) == expected
-    assert len(runner_of(tight).graphs) < len(runner_of(made).graphs)
-    assert runner_of(tight).graphs.num_refused > 0
+    assert len(runner_of(tight).decode.graphs) < len(runner_of(made).decode.graphs)
+    assert runner_of(tight).decode.graphs.num_refused > 0

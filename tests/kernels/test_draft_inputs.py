@@ -9,6 +9,7 @@ from eaglerun.kernels.draft_inputs import (
     newest_inputs,
     verify_inputs,
 )
+from eaglerun.kernels.rows import BySlot, Newest
 
 
 def table(batch, device):
@@ -34,8 +35,9 @@ def test_verify_inputs(batch, rows, device):
     last = torch.randint(0, 99, (places,), device=device)
     drafts = torch.randint(0, 99, (places, 9), device=device)[:, : rows + 1]
     num_drafts = torch.randint(-1, rows, (batch, 3), device=device)[:, 1]
-    by_slot = (length, last, drafts, table(places, device))
-    compare(verify_inputs, slots, num_drafts, *by_slot, 4, rows)
+    by_slot = BySlot(length, last, drafts, table(places, device))
+    own = torch.full((batch, 7), 99, dtype=torch.int32, device=device)
+    compare(verify_inputs, slots, num_drafts, by_slot, own, 4, rows)
 
 
 def test_a_long_table_is_taken_whole(device):
@@ -44,7 +46,8 @@ def test_a_long_table_is_taken_whole(device):
         torch.tensor([1, 0], device=device),
         torch.ones(2, dtype=torch.int64, device=device),
     )
-    compare(verify_inputs, slots, one - 1, one, one, one[:, None], long, 4, 1)
+    by_slot = BySlot(one, one, one[:, None], long)
+    compare(verify_inputs, slots, one - 1, by_slot, torch.zeros_like(long), 4, 1)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 33])
@@ -71,11 +74,13 @@ def test_newest_inputs(batch, rows, width, device):
     slots = torch.randperm(40, device=device)[:batch]
     accepted = torch.randint(0, rows, (batch, 3), device=device)[:, 1]
     num_propose = torch.randint(0, 3, (batch,), device=device)
-    state = torch.randint(1, 900, (2, 40), device=device)
+    length, last = torch.randint(1, 900, (2, 40), device=device)
+    by_slot = BySlot(length, last, last[:, None], table(40, device))
     hidden = torch.randn(batch * rows, width, device=device).bfloat16()
     # Nobody knows what the rows of padding hold.
     hidden.view(batch, rows, width)[num_propose == 0] = torch.nan
-    compare(newest_inputs, slots, accepted, num_propose, *state, hidden)
+    newest = Newest(*(num_propose.clone() + 7 for _ in range(2)), hidden[:batch].clone())
+    compare(newest_inputs, slots, accepted, num_propose, by_slot, hidden, newest)
 
 
 def test_raises(device):
@@ -85,7 +90,11 @@ def test_raises(device):
     with pytest.raises(ValueError, match="accepted_inputs"):
         accepted_inputs.kernel(positions, positions[:1, 0], table(2, device), 4)
     hidden = torch.zeros(3, 8, device=device)
+    by_slot = BySlot(positions[:, 0], positions[:, 0], positions, table(2, device))
+    newest = Newest(positions[:, 0], positions[:, 0], hidden[:2])
     with pytest.raises(ValueError, match="newest_inputs"):
-        newest_inputs.kernel(*[positions[:, 0]] * 5, hidden)
+        newest_inputs.kernel(*[positions[:, 0]] * 3, by_slot, hidden, newest)
     with pytest.raises(ValueError, match="newest_inputs"):
-        newest_inputs.kernel(*[positions[:0, 0]] * 3, *[positions[:, 0]] * 2, hidden)
+        newest_inputs.kernel(*[positions[:0, 0]] * 3, by_slot, hidden, newest)
+    with pytest.raises(ValueError, match="verify_inputs"):
+        verify_inputs.kernel(*[positions[:, 0]] * 2, by_slot, table(2, device), 4, 1)

@@ -27,12 +27,24 @@ def test_gumbel(rows, size, device):
 def test_the_fused_draw_is_the_draw(rows, vocab, device):
     scores = torch.randn(rows, vocab, device=device)
     scores[:, 1::3] = -torch.inf
-    compare(gumbel_argmax, scores, *keys(rows, device), TOKEN)
+    compare(gumbel_argmax, scores, *keys(rows, device), TOKEN, tolerance=1e-14)
+
+
+def test_a_draw_of_what_is_not_a_number_is_an_id_and_says_so(device):
+    scores = torch.randn(3, 4099, device=device)
+    scores[0] = torch.nan
+    scores[1, 4000] = torch.nan
+    seed, position = keys(3, device)
+    best = gumbel_argmax.kernel(scores, seed, position, TOKEN)
+    assert best.ids[:2].tolist() == [0, 4000]
+    assert best.values.isfinite().tolist() == [False, False, True]
+    assert torch.equal(best.ids, gumbel_argmax.reference(scores, seed, position, TOKEN).ids)
 
 
 def test_a_seed_repeated_by_its_stride(device):
     seed, position = torch.tensor([7], device=device).expand(5), torch.arange(10, device=device)
-    compare(gumbel_argmax, torch.randn(5, 300, device=device), seed, position[::2], TOKEN)
+    scores = torch.randn(5, 300, device=device)
+    compare(gumbel_argmax, scores, seed, position[::2], TOKEN, tolerance=1e-14)
     compare(uniform, seed, position[::2], ACCEPT, tolerance=0.0)
     compare(gumbel, seed, position[::2], ACCEPT, 9, tolerance=1e-14)
 

@@ -16,14 +16,18 @@ def test_edges(device):
     inf, nan = float("inf"), float("nan")
     rows = [[-inf, -inf, -inf], [-0.0, 0.0, -1.0], [1.0, nan, inf], [-inf, -3e38, -3e38]]
     logits = torch.tensor(rows, device=device)
-    assert vocab_argmax.kernel(logits).tolist() == [0, 0, 1, 1]
+    best = vocab_argmax.kernel(logits)
+    assert best.ids.tolist() == [0, 0, 1, 1]
+    assert best.values[:2].tolist() == [-inf, 0.0] and best.values[2].isnan()
     compare(vocab_argmax, logits)
 
 
 def test_equals_of_two_shards(device):
     logits = torch.full((1, 200064), -1.0, device=device)
     logits[0, [50020, 170000]] = 3.5
-    assert vocab_argmax.kernel(logits).item() == 50020
+    best = vocab_argmax.kernel(logits)
+    assert best.pairs.shape == (1, 2)
+    assert (best.ids.item(), best.values.item()) == (50020, 3.5)
 
 
 def test_raises(device):

@@ -23,6 +23,7 @@ from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import DraftKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.sampling import Features, SamplingState
+from eaglerun.speculative.drafter import Asked
 from eaglerun.speculative.eagle3 import Sampler, propose
 
 SCALE = int(os.environ.get("EAGLERUN_TEST_CASES", "1"))
@@ -260,20 +261,13 @@ def run_propose(
         sampler = Sampler(state.rows(slots, Features.of([params])), rejection=True)
     # A row of padding has no sequence behind it (kernels.draft_inputs.newest_inputs).
     newest[-1] = torch.zeros_like(newest[-1])
-    drafts, probs = propose(
-        draft,
-        kv,
-        Newest(
-            torch.tensor([text.tokens[-1] for text in texts]),
-            torch.tensor([n - 1 for n in lengths]),
-            torch.stack(newest),
-        ),
-        torch.tensor(num_propose),
-        num_passes,
-        table.clamp(min=0),
-        max(lengths),
-        sampler,
+    start = Newest(
+        torch.tensor([text.tokens[-1] for text in texts]),
+        torch.tensor([n - 1 for n in lengths]),
+        torch.stack(newest),
     )
+    asked = Asked(start, torch.tensor(num_propose), table.clamp(min=0), max(lengths))
+    drafts, probs = propose(draft, kv, asked, num_passes, sampler)
     return Proposed(texts, num_propose, drafts, probs)
 
 

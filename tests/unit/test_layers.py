@@ -15,7 +15,7 @@ LAYERS = [
     "chat_template conversation",
     "plan",
     "models",
-    "sampling speculative",
+    "staging sampling head speculative",
     "run",
     "loader ranks engine start llm threads",
     "bench server",

@@ -2,9 +2,10 @@
 
 import torch
 
+from eaglerun.head import Head
 from eaglerun.messages import SamplingParams
 from eaglerun.sampling import Features, SamplingState
-from eaglerun.speculative.verify import Drafts, verify
+from eaglerun.speculative.verify import Drafts, Invariant
 
 PARAMS = SamplingParams(temperature=0.5, top_k=3, seed=7)
 
@@ -28,6 +29,7 @@ def test_a_greedy_verify_gathers_nothing():
     before = set(vars(rows))
     drafts = Drafts(torch.tensor([[4, 2]]), torch.tensor([2]))
     logits = torch.eye(8)[torch.tensor([[4, 5, 6]])]
-    judged = verify(logits, drafts, torch.tensor([9]), rows, rejection=False, synthetic=None)
-    assert judged.emitted.tolist() == [[4, 5, -1]]
+    judge = Invariant(Head(torch.Tensor.clone))
+    judged = judge.judge(logits, drafts, torch.tensor([9]), rows)
+    assert judged.emitted.tokens.tolist() == [[4, 5, -1]]
     assert set(vars(rows)) == before
