@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eaglerun.kernels.reference import wide
 from eaglerun.messages import MAX_LOGIT_BIAS, SamplingParams
+from eaglerun.staging import host_tensor
 
 
 class SamplingState:
@@ -30,26 +31,27 @@ class SamplingState:
         self, num_slots: int, vocab_size: int, max_stop_ids: int, device: torch.device
     ) -> None:
         rows = num_slots + 1
+        # The scalars of a slot are a column of each, so that an admission is a copy of each.
+        self._floats = torch.zeros(6, rows, dtype=torch.float32, device=device)
+        (
+            self.temperature,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+        ) = self._floats.unbind()
+        self.top_p.fill_(1.0)
+        self.repetition_penalty.fill_(1.0)
+        self._integers = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.top_k, self.seed, self.min_tokens, self.num_generated = self._integers.unbind()
 
-        def scalar(value: float) -> Tensor:
-            return torch.full((rows,), value, dtype=torch.float32, device=device)
+        def none(width: int) -> Tensor:
+            return torch.full((rows, width), -1, dtype=torch.int64, device=device)
 
-        def integer(value: int, *shape: int) -> Tensor:
-            return torch.full((rows, *shape), value, dtype=torch.int64, device=device)
-
-        self.temperature = scalar(0.0)
-        self.top_p = scalar(1.0)
-        self.min_p = scalar(0.0)
-        self.repetition_penalty = scalar(1.0)
-        self.presence_penalty = scalar(0.0)
-        self.frequency_penalty = scalar(0.0)
-        self.top_k = integer(0)
-        self.seed = integer(0)
-        self.min_tokens = integer(0)
-        self.num_generated = integer(0)
-        self.bias_ids = integer(-1, MAX_LOGIT_BIAS)
+        self.bias_ids = none(MAX_LOGIT_BIAS)
         self.bias_values = torch.zeros(rows, MAX_LOGIT_BIAS, device=device)
-        self.stop_ids = integer(-1, max_stop_ids)
+        self.stop_ids = none(max_stop_ids)
         self.output_counts = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
         words = -(-vocab_size // 32)
         self.prompt_bits = torch.zeros(rows, words, dtype=torch.int32, device=device)
@@ -66,41 +68,34 @@ class SamplingState:
         output_ids: tuple[int, ...],
         num_generated: int,
     ) -> None:
-        """Take over a slot; the histories are empty where no penalty needs them."""
-        self.params[slot] = params
-        for name in (
-            "temperature",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "top_k",
-            "min_tokens",
-        ):
-            getattr(self, name)[slot] = getattr(params, name)
-        self.seed[slot] = seed
-        self.num_generated[slot] = num_generated
+        """Take over a slot; the histories are empty where no penalty needs them. The host waits
+        for no copy."""
+        self.params[slot] = p = params
         device = self.seed.device
+        penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        floats = (p.temperature, p.top_p, p.min_p, *penalties)
+        self._floats[:, slot] = host_tensor(floats, device, torch.float32)
+        integers = (p.top_k, seed, p.min_tokens, num_generated)
+        self._integers[:, slot] = host_tensor(integers, device)
         # Cleared always: a batch with any bias reads the rows of all its slots.
         self.bias_ids[slot] = -1
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=device)
-            values = torch.tensor(list(params.logit_bias.values()), device=device)
+            ids = host_tensor(tuple(params.logit_bias), device)
+            values = host_tensor(tuple(params.logit_bias.values()), device, torch.float32)
             self.bias_ids[slot, : len(ids)] = ids
             self.bias_values[slot, : len(ids)] = values
         if params.min_tokens:
             self.stop_ids[slot] = -1
-            self.stop_ids[slot, : len(stop_ids)] = torch.tensor(stop_ids, device=device)
+            self.stop_ids[slot, : len(stop_ids)] = host_tensor(stop_ids, device)
         if params.penalized:
             self.output_counts[slot] = 0
             if output_ids:
-                ids = torch.tensor(output_ids, device=device)
+                ids = host_tensor(output_ids, device)
                 ones = torch.ones_like(ids, dtype=torch.int32)
                 self.output_counts[slot].scatter_add_(0, ids, ones)
             self.prompt_bits[slot] = 0
             if prompt_ids:
-                ids = torch.tensor(sorted(set(prompt_ids)), device=device)
+                ids = host_tensor(sorted(set(prompt_ids)), device)
                 bits = torch.bitwise_left_shift(torch.ones_like(ids), ids % 32)
                 words = torch.zeros(self.prompt_bits.shape[1], dtype=torch.int64, device=device)
                 words.scatter_add_(0, ids // 32, bits)
