@@ -12,7 +12,7 @@ from eaglerun.config import resolve
 from eaglerun.engine import Engine
 from eaglerun.llm import LLM
 from eaglerun.loader import Models
-from eaglerun.messages import SamplingParams
+from eaglerun.messages import Request, SamplingParams
 from eaglerun.ranks.local import runner_of
 from eaglerun.start import start_engine
 
@@ -117,6 +117,30 @@ def test_memory_is_written_before_it_is_read(models: dict[str, Models], k: int, 
     got, engine = answers(models["cuda"], True, poison=True, **settings)
     assert got == plain
     assert engine.stats.preemptions > 0
+
+
+def test_a_launch_waits_for_nothing(models: dict[str, Models]):
+    """Admissions with all that a request can ask for, prefill and decode: the host goes on."""
+    _, engine = answers(models["cuda"], True, num_draft_tokens=3, enforce_eager=True, lag=0)
+    greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    wishes = [
+        greedy,
+        replace(greedy, logit_bias={3: 1.0, 5: -1.0}, min_tokens=4, stop_token_ids=(7,)),
+        replace(greedy, temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, seed=1),
+        replace(greedy, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1),
+    ]
+    for i, wish in enumerate(wishes):
+        engine.submit(Request(str(i), tuple(prompts()[i]), wish))
+    while engine.has_work:
+        plan = engine.scheduler.plan()
+        assert plan is not None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            pending = engine.runner.launch(plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        engine.scheduler.commit(pending.result())
+    assert engine.stats.acceptance.accepted > 0
 
 
 FP8 = {"kv_cache_dtype": "fp8", "index_cache_dtype": "fp8"}
