@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eaglerun.kernels.reference import wide
 from eaglerun.messages import MAX_LOGIT_BIAS, SamplingParams
-from eaglerun.staging import host_tensor
+from eaglerun.staging import host_tensor, to_host
 
 
 class SamplingState:
@@ -325,6 +325,12 @@ class LogprobRows:
     rank: Tensor  # [R]
     top_ids: Tensor  # [R, n]
     top: Tensor  # [R, n]
+
+    def leaving(self) -> "LogprobRows":
+        """The same on their way to the host: reading these there waits for no later step."""
+        return LogprobRows(
+            to_host(self.chosen), to_host(self.rank), to_host(self.top_ids), to_host(self.top)
+        )
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, count: int) -> LogprobRows:

@@ -90,7 +90,7 @@ class Decode:
             chosen = final if parts.options.processed_logprobs else forward.logits
             flat = chosen[: len(rows)].flatten(0, 1)
             tokens = buffers.emitted.tokens[: len(rows), :Q].flatten()
-            logprobs = logprobs_of(flat, tokens, plan.num_logprobs)
+            logprobs = logprobs_of(flat, tokens, plan.num_logprobs).leaving()
         return Decoded(*buffers.results(), logprobs)
 
     def _target(self, B: int, Q: int, max_seq_len: int) -> _Forward:

@@ -32,8 +32,8 @@ PromptLogprobs = tuple[list[LogprobRows], tuple[int, ...]]
 
 @dataclass(slots=True)
 class Decoded:
-    """On the host: what was emitted, of no fewer sequences and tokens than the plan's, drafts
-    [B, >= num_propose] and num_experts [1]."""
+    """On their way to the host: what was emitted, of no fewer sequences and tokens than the plan's,
+    drafts [B, >= num_propose], num_experts [1], and log-probabilities."""
 
     emitted: Emitted
     drafts: Tensor

@@ -121,7 +121,7 @@ class Prefill:
         logprobs = None
         if plan.num_logprobs >= 0:
             chosen = scored.final if parts.options.processed_logprobs else logits
-            logprobs = logprobs_of(chosen[:, 0], tokens, plan.num_logprobs)
+            logprobs = logprobs_of(chosen[:, 0], tokens, plan.num_logprobs).leaving()
         return _First(chunks, which, slots, length, tokens, logprobs)
 
     def _prompt_logprobs(self, batch: _Batch, hidden: Tensor) -> list[PromptLogprobs | None]:
@@ -140,7 +140,7 @@ class Prefill:
                     head.logits(hidden[start + i : start + min(i + 256, len(after))]),
                     tokens[i : i + 256],
                     c.prompt_logprobs,
-                )
+                ).leaving()
                 for i in range(0, len(after), 256)
             ]
             found.append((parts, after))

@@ -128,6 +128,7 @@ def test_a_launch_waits_for_nothing(models: dict[str, Models]):
         replace(greedy, logit_bias={3: 1.0, 5: -1.0}, min_tokens=4, stop_token_ids=(7,)),
         replace(greedy, temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, seed=1),
         replace(greedy, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1),
+        replace(greedy, logprobs=2, prompt_logprobs=2),
     ]
     for i, wish in enumerate(wishes):
         engine.submit(Request(str(i), tuple(prompts()[i]), wish))
@@ -136,10 +137,11 @@ def test_a_launch_waits_for_nothing(models: dict[str, Models]):
         assert plan is not None
         torch.cuda.set_sync_debug_mode("error")
         try:
-            pending = engine.runner.launch(plan)
+            # The result waits for its own step's event, which is no wait for the device.
+            result = engine.runner.launch(plan).result()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        engine.scheduler.commit(pending.result())
+        engine.scheduler.commit(result)
     assert engine.stats.acceptance.accepted > 0
 
 
