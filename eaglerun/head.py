@@ -29,6 +29,8 @@ class Head:
 
     def greedy(self, logits: Tensor) -> Best:
         """The largest logit of each row: [..., V] -> pairs [..., 2]."""
+        if logits.ndim == 2:
+            return vocab_argmax(logits)
         flat = vocab_argmax(logits.view(-1, logits.shape[-1]))
         return Best(flat.pairs.view(*logits.shape[:-1], 2))
 

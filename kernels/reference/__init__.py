@@ -59,10 +59,7 @@ def wide(x: Tensor) -> Tensor:
 def best_of(scores: Tensor) -> Best:
     """The largest of each row of ``scores`` [N, V], the first of equals; a NaN is above all."""
     values, ids = scores.max(dim=-1)
-    best = Best(torch.empty(len(ids), 2, dtype=torch.int64, device=scores.device))
-    best.values.copy_(values)
-    best.ids.copy_(ids)
-    return best
+    return Best(torch.stack((values.double().view(torch.int64), ids), dim=-1))
 
 
 FP8_MAX = 448.0  # of e4m3fn, which has no infinity

@@ -9,11 +9,12 @@ from eaglerun.kernels.rows import BySlot, Emitted
 def accept(targets: Tensor, values: Tensor, matches: Tensor, num_drafts: Tensor) -> Emitted:
     """See eaglerun.kernels.accept.accept."""
     k = matches.shape[1]
-    row = torch.arange(k + 1, device=targets.device)
-    judged = matches & (row[:k] < num_drafts[:, None])
+    row, drafted = torch.arange(k + 1, device=targets.device), num_drafts[:, None]
+    judged = matches & (row[:k] < drafted)
     accepted = judged.long().cumprod(dim=1).sum(dim=1)
-    kept = (row <= accepted[:, None]) & (num_drafts >= 0)[:, None]
-    broken = ((row <= num_drafts[:, None]) & ~values.isfinite()).any(dim=1)
+    kept = (row <= accepted[:, None]) & (drafted >= 0)
+    # x - x is 0 for any other x than NaN and infinity.
+    broken = ((row <= drafted) & (values - values != 0)).any(dim=1)
     return Emitted(torch.where(kept, targets, -1), accepted, broken.long())
 
 

@@ -23,7 +23,7 @@ def verify_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See eaglerun.kernels.draft_inputs.verify_inputs."""
     length = by_slot.length[slots]
-    table.copy_(by_slot.block_table[slots])
+    torch.index_select(by_slot.block_table, 0, slots, out=table)
     row = torch.arange(num_rows, device=length.device)
     real = row <= num_drafts[:, None]
     drafts = by_slot.draft_tokens[slots, : num_rows - 1]
@@ -66,5 +66,5 @@ def newest_inputs(
     row = torch.arange(slots.shape[0], device=slots.device)
     own = hidden.unflatten(0, (slots.shape[0], -1))[row, accepted]
     newest.hidden.copy_(torch.where((num_propose > 0)[:, None], own, 0.0))
-    newest.tokens.copy_(by_slot.last_token[slots])
-    newest.positions.copy_(by_slot.length[slots] - 1)
+    torch.index_select(by_slot.last_token, 0, slots, out=newest.tokens)
+    torch.sub(by_slot.length[slots], 1, out=newest.positions)
