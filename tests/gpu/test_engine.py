@@ -138,7 +138,7 @@ def test_a_launch_waits_for_nothing(models: dict[str, Models]):
         torch.cuda.set_sync_debug_mode("error")
         try:
             # The result waits for its own step's event, which is no wait for the device.
-            result = engine.runner.launch(plan).result()
+            result = runner_of(engine).launch(plan).result(60)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         engine.scheduler.commit(result)
