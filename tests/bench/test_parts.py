@@ -133,6 +133,7 @@ def test_what_does_not_fit_is_shrunk_and_said(
     assert "| 2 (of 3) |" in (tmp_path / "contexts.md").read_text()
 
 
+@pytest.mark.long
 def test_long_contexts_in_fp8_read_fewer_bytes(tmp_path: Path):
     flags = ("--context=50", "--concurrency=1", "--num-drafts=0", "--bandwidth-gb-s=1")
     (wide,) = bench(tmp_path, "contexts", *flags)["contexts"]

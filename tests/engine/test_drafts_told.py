@@ -44,7 +44,7 @@ def test_drafts_judged_are_the_drafts_told(lag: int):
 
     @seed(7 + lag)
     @settings(
-        max_examples=15,
+        max_examples=5,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -68,4 +68,4 @@ def test_drafts_judged_are_the_drafts_told(lag: int):
         totals[1] += told.num_accepted
 
     run()
-    assert totals[0] > 500 and totals[1] > 100
+    assert totals[0] > 150 and totals[1] > 30

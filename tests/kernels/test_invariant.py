@@ -58,7 +58,7 @@ def test_settings_are_those_rows_only_there_and_for_two_bytes(device, monkeypatc
     assert settings("attention_decode", narrow)["MIN_M"] == 16
 
 
-@pytest.mark.parametrize("lengths", [(300, 77), (700, 1)])
+@pytest.mark.parametrize("lengths", [(300, 77), pytest.param((700, 1), marks=pytest.mark.long)])
 def test_attention_of_a_step(lengths, device):
     """Rows alone, drafted rows together, other bounds of length, dense or of all blocks."""
     kv = paged(lengths, BLOCK, (GROUPS, DIM), (GROUPS, DIM), dtype=BF16, device=device)

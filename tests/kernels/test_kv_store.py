@@ -124,7 +124,7 @@ def test_draft_fill_raises(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]])
+@pytest.mark.parametrize("shape", [SHAPES[1], pytest.param(SHAPES[3], marks=pytest.mark.long)])
 @pytest.mark.parametrize("cache_dtype", [FP8, torch.bfloat16])
 def test_narrower_caches(cache_dtype, shape, dtype, device):
     H, G, D, _, _ = shape
