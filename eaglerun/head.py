@@ -41,8 +41,13 @@ class Head:
         if scored.logp is None:
             return best
         assert scored.positions is not None
-        B, Q, V = scored.logp.shape
-        at = scored.positions.reshape(-1)
-        drawn = gumbel_argmax(scored.logp.view(-1, V), rows.seeds(Q), at, stream)
-        pairs = torch.where(rows.sampled[:, None, None], drawn.pairs.view(B, Q, 2), best.pairs)
-        return Best(pairs)
+        drawn = self.draw(scored.logp, scored.positions, rows, stream)
+        return Best(torch.where(rows.sampled[:, None, None], drawn.pairs, best.pairs))
+
+    def draw(self, logp: Tensor, positions: Tensor, rows: SlotRows, stream: int) -> Best:
+        """Pairs [B, Q, 2] of the largest log p + Gumbel noise, from logp [B, Q, V] for the tokens
+        at ``positions`` [B, Q]."""
+        B, Q, V = logp.shape
+        at = positions.reshape(-1)
+        drawn = gumbel_argmax(logp.reshape(-1, V), rows.seeds(Q), at, stream)
+        return Best(drawn.pairs.view(B, Q, 2))

@@ -100,18 +100,30 @@ def kv_budget(
     size = DTYPE_BYTES[dtype or target.dtype]
     kv_size = DTYPE_BYTES[kv_dtype] if kv_dtype else size
     index_size = DTYPE_BYTES[index_dtype] if index_dtype else size
-    num_index = sum(
-        sparse and not shared
-        for sparse, shared in zip(target.sparse_layers, target.index_shared, strict=True)
+    layers = _cached(target_weights(target))
+    index = sum(
+        width.get("index_k", 0)
+        for width, shared in zip(layers, target.index_shared, strict=True)
+        if not shared
     )
-    main = 2 * target.num_key_value_heads * target.head_dim * target.num_hidden_layers
+    draft_layers = _cached(draft_weights(draft)) if draft else []
     return KVBudget(
         block_size=block_size or target.sparse_block_size,
-        main_bytes=main * kv_size,
-        index_bytes=num_index * target.index_head_dim * index_size,
-        draft_bytes=2 * draft.num_key_value_heads * draft.head_dim * kv_size if draft else 0,
+        main_bytes=sum(width["k"] + width["v"] for width in layers) * kv_size,
+        index_bytes=index * index_size,
+        draft_bytes=sum(width["k"] + width["v"] for width in draft_layers) * kv_size,
         carry_bytes=draft.hidden_size * size if draft else 0,
     )
+
+
+def _cached(table: WeightTable) -> list[dict[str, int]]:
+    """The elements that each layer stores for a token: as many as its projection has rows "k", "v"
+    and "index_k"."""
+    return [
+        {part.name: part.shape[0] for part in weight.parts}
+        for name, weight in table.weights.items()
+        if name.endswith("qkv_proj.weight")
+    ]
 
 
 @dataclass(frozen=True, slots=True)

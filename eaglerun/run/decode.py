@@ -161,7 +161,7 @@ class Decode:
             drafts = parts.judge.drafted(drafts, buffers.slots, newest.positions)
             parts.state.draft_tokens[buffers.slots, :count] = buffers.drafts[:, :count] = drafts
 
-        sampled = features if parts.options.probabilistic_drafts else None
+        sampled = drafter.sampling(features)
         self.graphs.run(("propose", len(buffers.slots), bound, count, sampled), propose, capture)
 
     def _batch_size(self, num_rows: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from eaglerun.kernels.rows import Newest, Rows
 from eaglerun.models.attention import KVRegion
 from eaglerun.plan.step import Admission
-from eaglerun.sampling import SlotRows
+from eaglerun.sampling import Features, SlotRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,10 @@ class Drafter(Protocol):
 
     def propose(self, asked: Asked, count: int, rows: SlotRows) -> Tensor:
         """Drafts [B, count] in the target's vocabulary."""
+
+    def sampling(self, features: Features) -> Features | None:
+        """What the sequences ask for, as far as it changes which kernels a propose launches; None
+        where it does not."""
 
     def probs(self, slots: Tensor, count: int) -> Tensor | None:
         """What the last ``count`` drafts [B, count, V] of the slots were drawn from; None where

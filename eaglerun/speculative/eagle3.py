@@ -16,7 +16,7 @@ from eaglerun.kernels.rows import BySlot, LayerKV, Newest, Rows
 from eaglerun.models.attention import DraftKV, KVRegion
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.plan.step import Admission
-from eaglerun.sampling import Scored, SlotRows, filtered
+from eaglerun.sampling import Features, Scored, SlotRows, filtered
 from eaglerun.speculative.drafter import Asked, DrafterOptions, Filled
 
 
@@ -46,6 +46,11 @@ class Eagle3:
         tokens, positions = torch.zeros(2, options.max_batch, device=device, dtype=torch.int64)
         hidden = torch.zeros(options.max_batch, size, device=device, dtype=dtype)
         self._newest = Newest(tokens, positions, hidden)
+        # The noise of drawn drafts; None: drafts are the draft's best. Invariant verification wants
+        # the target's own noise, the rejection rule noise that is independent of it.
+        self._stream: int | None = None
+        if options.probabilistic:
+            self._stream = DRAFT if options.rejection else TOKEN
         self._probs: Tensor | None = None
         if options.rejection and options.probabilistic:
             self._probs = torch.zeros(
@@ -99,15 +104,18 @@ class Eagle3:
         return Newest(tokens, positions, hidden)
 
     def propose(self, asked: Asked, count: int, rows: SlotRows) -> Tensor:
-        options, sampler = self._options, None
-        if options.probabilistic and rows.features.sampled:
-            sampler = Sampler(rows, options.rejection)
-        limit = options.max_model_len
+        sampler = None
+        if self._stream is not None and rows.features.sampled:
+            sampler = Sampler(rows, self._stream)
+        limit = self._options.max_model_len
         asked = asked._replace(max_seq_len=min(asked.max_seq_len, limit))
         drafts, probs = propose(self.model, self.kv.layer, asked, count, sampler)
         if probs is not None and self._probs is not None:
             self._probs[rows.slots, :count] = probs.float()
         return drafts
+
+    def sampling(self, features: Features) -> Features | None:
+        return None if self._stream is None else features
 
     def probs(self, slots: Tensor, count: int) -> Tensor | None:
         return None if self._probs is None else self._probs[slots, :count]
@@ -142,11 +150,9 @@ def fill_accepted(
 class Sampler:
     """Draws draft tokens from the draft's own distribution (probabilistic drafts)."""
 
-    def __init__(self, rows: SlotRows, rejection: bool) -> None:
+    def __init__(self, rows: SlotRows, stream: int) -> None:
         self._rows = rows
-        # Drafter-invariant verification wants the target's own noise; the rejection rule noise
-        # that is independent of it.
-        self._stream = DRAFT if rejection else TOKEN
+        self._stream = stream
 
     def __call__(self, head: Head, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B] for ``positions`` [B], and the distribution [B, V] they were drawn from."""

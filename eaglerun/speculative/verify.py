@@ -17,7 +17,7 @@ from torch import Tensor
 from eaglerun.errors import ConfigError
 from eaglerun.head import Head
 from eaglerun.kernels.accept import accept, window
-from eaglerun.kernels.noise import ACCEPT, RECOVER, SYNTHETIC, gumbel_argmax, uniform
+from eaglerun.kernels.noise import ACCEPT, RECOVER, SYNTHETIC, uniform
 from eaglerun.kernels.rows import Emitted
 from eaglerun.plan.step import Admission
 from eaglerun.sampling import Scored, SlotRows, places, score
@@ -124,7 +124,7 @@ class Rejection(Invariant):
         K = drafts.tokens.shape[1]
         if scored.logp is None or scored.positions is None or not K:
             return targets, matches
-        stands, recovered = _reject(scored.logp, drafts, scored.positions, rows)
+        stands, recovered = _reject(self.head, scored.logp, drafts, scored.positions, rows)
         sampled = rows.sampled[:, None]
         matches = torch.where(sampled, stands, matches)
         judged = torch.arange(K, device=targets.device) < drafts.num_drafts[:, None]
@@ -134,7 +134,7 @@ class Rejection(Invariant):
 
 
 def _reject(
-    logp: Tensor, drafts: Drafts, positions: Tensor, rows: SlotRows
+    head: Head, logp: Tensor, drafts: Drafts, positions: Tensor, rows: SlotRows
 ) -> tuple[Tensor, Tensor]:
     """The classic rule: a draft d stands iff u * q(d) < p(d), else a token of max(p - q, 0).
 
@@ -144,10 +144,8 @@ def _reject(
     """
     tokens, probs = drafts.tokens, drafts.probs
     B, K = tokens.shape
-    V = logp.shape[-1]
-    p = logp[:, :-1].exp()
-    at, seeds = positions[:, :-1].reshape(-1), rows.seeds(K)
-    u = uniform(seeds, at, ACCEPT).view(B, K)
+    p, at = logp[:, :-1].exp(), positions[:, :-1]
+    u = uniform(rows.seeds(K), at.reshape(-1), ACCEPT).view(B, K)
     p_draft = p.gather(2, tokens[:, :, None])[:, :, 0]
     if probs is None:
         q_draft = torch.ones_like(p_draft)
@@ -155,8 +153,7 @@ def _reject(
     else:
         q_draft = probs.gather(2, tokens[:, :, None])[:, :, 0].to(p.dtype)
         rest = (p - probs.to(p.dtype)).clamp(min=0)
-    recovered = gumbel_argmax(rest.log().view(-1, V), seeds, at, RECOVER).ids
-    return u * q_draft < p_draft, recovered.view(B, K)
+    return u * q_draft < p_draft, head.draw(rest.log(), at, rows, RECOVER).ids
 
 
 class Script:

@@ -18,6 +18,7 @@ from oracles.eagle3 import Eagle3Oracle, Proposal, rotate
 from pairs import target_spec, tiny_target
 from torch import Tensor
 
+from eaglerun.kernels.noise import DRAFT
 from eaglerun.kernels.rows import LayerKV, Newest, Rows
 from eaglerun.messages import SamplingParams
 from eaglerun.models.attention import DraftKV
@@ -258,7 +259,7 @@ def run_propose(
         for slot in range(len(texts)):
             state.admit(slot, params, seed + slot, (), (), (), 0)
         slots = torch.arange(len(texts))
-        sampler = Sampler(state.rows(slots, Features.of([params])), rejection=True)
+        sampler = Sampler(state.rows(slots, Features.of([params])), DRAFT)
     # A row of padding has no sequence behind it (kernels.draft_inputs.newest_inputs).
     newest[-1] = torch.zeros_like(newest[-1])
     start = Newest(
