@@ -76,7 +76,7 @@ def run(make_engine: MakeEngine) -> int:
     """The whole life of the process; the exit code.
 
     ``make_engine`` is given the config and a function that shows a line of progress. Its
-    ConfigError, CheckpointError and CapacityError reach the user in the HTTP process.
+    ConfigError, CheckpointError, CapacityError and RankFailed reach the user in the HTTP process.
     """
     # The HTTP process hears Ctrl-C and SIGTERM and decides; here they would cut requests short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -92,7 +92,7 @@ def run(make_engine: MakeEngine) -> int:
         try:
             return _live(make_engine, start)
         except RankFailed:
-            # Logged, and told to every open request.
+            # Logged, and told to whoever waits: for the start, or for an answer.
             pass
     # Not by the interpreter's own end, which would wait for the device that hangs.
     os._exit(RANK_FAILED)
@@ -106,6 +106,10 @@ def _live(make_engine: MakeEngine, start: wire.Start) -> int:
         except (ConfigError, CheckpointError, CapacityError) as error:
             link.send(wire.NotStarted(str(error)))
             return NOT_STARTED
+        except RankFailed as error:
+            log.exception("the engine cannot start")
+            link.send(wire.NotStarted(str(error)))
+            raise
         engine = served.engine
         link.send(
             wire.Ready(

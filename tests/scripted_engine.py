@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from eaglerun.errors import ConfigError, RankFailed, RequestError
 from eaglerun.messages import (
@@ -45,6 +46,12 @@ def letters(token_ids: Iterable[int]) -> str:
     return "".join(chr(id_ + ord("!")) for id_ in token_ids)
 
 
+def lose(why: str) -> NoReturn:
+    """Fail as a rank does whose device hangs: the interpreter cannot end by itself either."""
+    atexit.register(threading.Event().wait)
+    raise RankFailed(why)
+
+
 class Answer:
     def __init__(self, request: Request, index: int) -> None:
         self.request = request
@@ -60,8 +67,7 @@ class ScriptedEngine:
 
     A step takes at least ``pause_ms``. With ``rate``, answers advance that many times a second,
     each at its own moment, and their text is that moment, time.perf_counter_ns().
-    ``raise_at``, ``hang_at`` and ``lose_rank_at`` are steps at which it breaks; where the rank is
-    lost, the interpreter cannot end by itself either.
+    ``raise_at``, ``hang_at`` and ``lose_rank_at`` are steps at which it breaks.
     """
 
     model_name = "scripted"
@@ -120,8 +126,7 @@ class ScriptedEngine:
         if self.stats.steps == self._raise_at:
             raise ZeroDivisionError("a step that cannot be")
         if self.stats.steps == self._lose_rank_at:
-            atexit.register(threading.Event().wait)
-            raise RankFailed("step 5 is not done")
+            lose("step 5 is not done")
         while self.stats.steps == self._hang_at:
             time.sleep(1.0)
         self.stats.steps += 1
@@ -205,6 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--refuse", help="do not start, and say this")
+    parser.add_argument("--lose-rank", help="do not start: the rank is lost, and this is why")
     parser.add_argument("--load-from", type=Path, help="start when this pipe has been read")
     parser.add_argument("--die", action="store_true", help="do not start, and say nothing")
     for name, default in (
@@ -219,8 +225,8 @@ def main() -> int:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = vars(parser.parse_args())
-    names = ("checkpoint", "refuse", "die", "load_from")
-    checkpoint, refuse, die, load_from = (flags.pop(name) for name in names)
+    names = ("checkpoint", "refuse", "lose_rank", "die", "load_from")
+    checkpoint, refuse, lose_rank, die, load_from = (flags.pop(name) for name in names)
 
     def make_engine(config: object, progress: object) -> Served:
         if load_from is not None:
@@ -229,6 +235,8 @@ def main() -> int:
             sys.exit(9)
         if refuse is not None:
             raise ConfigError(refuse)
+        if lose_rank is not None:
+            lose(lose_rank)
         return Served(ScriptedEngine(**flags), checkpoint)
 
     return run(make_engine)

@@ -425,6 +425,21 @@ def test_refusal_to_start_is_told():
         asyncio.run(main("--die"))
 
 
+def test_a_device_that_hangs_at_the_start_is_told(capfd: pytest.CaptureFixture[str]):
+    async def main() -> None:
+        client = make_client("--lose-rank", "step 1 is not done after 300 s")
+        try:
+            with pytest.raises(ConfigError, match="^step 1 is not done after 300 s$"):
+                await client.start()
+            assert await asyncio.wait_for(client.ended, LIMIT_S) == RANK_FAILED
+        finally:
+            await client.close()
+
+    asyncio.run(main())
+    logged = capfd.readouterr().err
+    assert "the engine cannot start" in logged and "RankFailed: step 1 is not done" in logged
+
+
 KILL_YOURSELF = """
 import asyncio, os, signal, sys
 from eaglerun.config import Config
