@@ -1,8 +1,9 @@
 """Capture and replay of the decode moves on a GPU.
 
 A move is a function of fixed-address tensors that launches kernels and waits for nothing. The first
-run of a key is captured, later ones replay it; on a CPU, or with enforce_eager, a move just runs.
-What a move returns are the same tensors at every replay, overwritten.
+run of a key is captured, which waits for the device; later ones replay it. On a CPU, or with
+enforce_eager, a move just runs. What a move returns are the same tensors at every replay,
+overwritten.
 """
 
 import logging
@@ -13,7 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from eaglerun.errors import RankFailed
+from eaglerun.plan.step import STEP_TIMEOUT_S
 from eaglerun.progress import counter
+from eaglerun.run.pending import reached
 
 log = logging.getLogger("eaglerun")
 
@@ -86,13 +90,16 @@ class Graphs:
         self, key: Hashable, move: Callable[[], object]
     ) -> tuple[torch.cuda.CUDAGraph, Any]:
         begin = time.perf_counter()
+        # Capturing synchronises, loading a kernel's code may too, and neither knows an end: so
+        # each begins with a device that is done.
+        _wait(key, "what was launched before it")
         with self._blank():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 move()
             torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.synchronize()
+            _wait(key, "its first run")
             # What eager runs left unused is no part of the graph's growth.
             torch.cuda.empty_cache()
             held = torch.cuda.memory_reserved()
@@ -110,3 +117,14 @@ class Graphs:
             self.num_bytes / 2**30,
         )
         return self._captured[key]
+
+
+def _wait(key: Hashable, what: str) -> None:
+    """Wait for all that was launched. RankFailed where it is not done in time."""
+    event = torch.cuda.Event()
+    event.record()
+    if not reached(event, STEP_TIMEOUT_S):
+        raise RankFailed(
+            f"no graph of {key} can be captured: {what} is not done after {STEP_TIMEOUT_S:g} s: "
+            "the device hangs"
+        )

@@ -143,6 +143,20 @@ class PendingStep:
         )
 
 
+def reached(event: torch.cuda.Event, timeout_s: float) -> bool:
+    """Wait for the device to reach an event; False where it has not after ``timeout_s``.
+
+    The event is asked again and again, because synchronize() knows no end; between two questions
+    other threads may run.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not event.query():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0)
+    return True
+
+
 class Clock:
     """Times of a step's parts: events on a GPU, wall time on a CPU."""
 
@@ -167,17 +181,10 @@ class Clock:
     def wait(self, timeout_s: float) -> bool:
         """Until the device has reached the last mark; what was copied to the host is there then.
 
-        False where it has not after ``timeout_s``. The event is asked again and again, because
-        synchronize() knows no end; between two questions other threads may run.
+        False where it has not after ``timeout_s``.
         """
         last = self._marks[-1][1]
-        if isinstance(last, torch.cuda.Event):
-            deadline = time.monotonic() + timeout_s
-            while not last.query():
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0)
-        return True
+        return not isinstance(last, torch.cuda.Event) or reached(last, timeout_s)
 
     def times(self) -> StepTimes:
         spent = {"target": 0.0, "draft": 0.0, "other": 0.0}

@@ -12,6 +12,7 @@ from engine.test_engine import make
 from torch import Tensor
 
 from eaglerun.engine import Engine
+from eaglerun.errors import RankFailed
 from eaglerun.llm import LLM
 from eaglerun.messages import SamplingParams
 from eaglerun.plan.step import StepPlan, StepResult
@@ -42,6 +43,72 @@ def test_a_capture_is_named_once(progress, monkeypatch, capsys: pytest.CaptureFi
     else:
         assert "capturing: 0 graphs [00:00], target" in drawn
         assert "capturing: 1 graphs [00:00], draft" in drawn and "2 graphs" not in drawn
+
+
+class Device:
+    """torch.cuda as a capture uses it. ``done``: whether each event in turn is ever reached."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *done: bool) -> None:
+        left = iter(done)
+
+        class Event:
+            def record(self) -> None:
+                self._done = next(left)
+
+            def query(self) -> bool:
+                return self._done
+
+        def hangs() -> None:
+            pytest.fail("waits without end where the device hangs")
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        graph = SimpleNamespace(replay=lambda: None)
+        fakes: dict[str, Callable[..., object]] = {
+            "Event": Event,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": nullcontext,
+            "synchronize": hangs,
+            "empty_cache": lambda: None,
+            "memory_reserved": lambda: 0,
+            "CUDAGraph": lambda: graph,
+            "graph_pool_handle": lambda: (0, 1),
+            "graph": lambda graph, pool: nullcontext(),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr("eaglerun.run.graphs.STEP_TIMEOUT_S", 0.01)
+        self.runs = 0
+        self.graphs = Graphs(torch.device("cuda"), True, nullcontext, None)
+
+    def move(self) -> None:
+        self.runs += 1
+
+
+@pytest.mark.parametrize(
+    ("done", "words", "runs"),
+    [
+        ((False,), "what was launched before it is not done", 0),
+        ((True, False), "its first run is not done", 1),
+    ],
+)
+def test_a_capture_on_a_device_that_hangs_ends(
+    done: tuple[bool, ...], words: str, runs: int, monkeypatch: pytest.MonkeyPatch
+):
+    device = Device(monkeypatch, *done)
+    message = f"^no graph of target can be captured: {words} after 0.01 s: the device hangs$"
+    with pytest.raises(RankFailed, match=message):
+        device.graphs.run("target", device.move)
+    assert device.runs == runs and len(device.graphs) == 0
+
+
+def test_a_capture_waits_before_and_after_its_first_run(monkeypatch: pytest.MonkeyPatch):
+    device = Device(monkeypatch, True, True)
+    device.graphs.run("target", device.move)
+    assert device.runs == 2 and len(device.graphs) == 1
+    # A replay asks for no further event.
+    device.graphs.run("target", device.move)
+    assert device.runs == 2
 
 
 class Replayed:
