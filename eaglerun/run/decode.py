@@ -26,6 +26,7 @@ from eaglerun.run.pending import AuxRows, Clock, Decoded
 from eaglerun.sampling import Features, logprobs_of
 from eaglerun.speculative.drafter import Asked, Drafter, Filled
 from eaglerun.speculative.verify import Drafts
+from eaglerun.staging import to_host
 
 # Above so many verify rows launches are cheap beside the work, and graphs only cost memory.
 MAX_CAPTURED_ROWS = 512
@@ -185,7 +186,7 @@ class Decode:
     def _keep_aux(
         self, plan: StepPlan, positions: Tensor, aux: Tensor, kept: list[AuxRows]
     ) -> None:
-        Q = positions.shape[1]
-        for b, (row, start) in enumerate(zip(plan.decode, positions[:, 0].tolist(), strict=False)):
+        Q, starts = positions.shape[1], to_host(positions[:, 0])
+        for b, row in enumerate(plan.decode):
             hidden = aux[:, b * Q : b * Q + row.num_drafts + 1].clone()
-            kept.append(AuxRows(row.slot_id, start, hidden))
+            kept.append(AuxRows(row.slot_id, -1, hidden, arriving=starts[b]))

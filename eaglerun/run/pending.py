@@ -18,12 +18,21 @@ from eaglerun.sampling import LogprobRows
 class AuxRows:
     """Captured hidden states [num_taps, n, H] of positions ``start`` ... of the sequence in a slot.
 
-    Of a decode row all verified positions are here; the first num_accepted + 1 are the text's.
+    Of a decode row all verified positions are here; the first num_accepted + 1 are the text's. The
+    device alone knows where they start: until the step's result is there, ``start`` is -1.
+
+    arriving  the start of a decode row, on its way to the host
     """
 
     slot_id: int
     start: int
     hidden: Tensor
+    arriving: Tensor | None = None
+
+    def arrive(self) -> None:
+        """Read the start; the device has reached the end of the step."""
+        if self.arriving is not None:
+            self.start, self.arriving = int(self.arriving), None
 
 
 # Slices of a chunk's rows, and the known token after each row.
@@ -80,6 +89,8 @@ class PendingStep:
             raise RankFailed(
                 f"step {plan.step_id} is not done after {timeout_s:g} s: the device hangs"
             )
+        for kept in self.aux:
+            kept.arrive()
         num_experts = 0
         decode: tuple[tuple[int, ...], ...] = ()
         accepted: tuple[int, ...] = ()

@@ -18,6 +18,8 @@ from eaglerun.kernels.rows import Rows
 from eaglerun.llm import LLM
 from eaglerun.messages import Failed, Finished, FinishReason, Request, SamplingParams
 from eaglerun.ranks.local import runner_of
+from eaglerun.run import decode
+from eaglerun.run.pending import Clock
 from eaglerun.speculative.eagle3 import Eagle3
 from eaglerun.start import start_engine
 
@@ -338,6 +340,31 @@ def test_hidden_states_are_the_taps_of_every_position():
     assert out.aux_hidden_states is not None and again.aux_hidden_states is not None
     assert out.aux_hidden_states.shape == (3, len(tokens), 32)
     torch.testing.assert_close(out.aux_hidden_states, again.aux_hidden_states)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_hidden_states_wait_for_their_positions_with_the_result(
+    lag: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The copies arrive when the device has reached the end of a step, and not before."""
+    settings = {"return_aux_hidden_states": True, "lag": lag}
+    expected = answer(make(**settings), GREEDY).aux_hidden_states
+    late: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def leave(tensor: torch.Tensor) -> torch.Tensor:
+        late.append((torch.full_like(tensor, 10**6), tensor.clone()))
+        return late[-1][0]
+
+    def wait(clock: Clock, timeout_s: float) -> bool:
+        for copy, original in late:
+            copy.copy_(original)
+        return True
+
+    monkeypatch.setattr(decode, "to_host", leave)
+    monkeypatch.setattr(Clock, "wait", wait)
+    got = answer(make(**settings), GREEDY).aux_hidden_states
+    assert late and expected is not None and got is not None
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_processed_logprobs_follow_the_filters():

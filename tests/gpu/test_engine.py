@@ -119,9 +119,11 @@ def test_memory_is_written_before_it_is_read(models: dict[str, Models], k: int, 
     assert engine.stats.preemptions > 0
 
 
-def test_a_launch_waits_for_nothing(models: dict[str, Models]):
+@pytest.mark.parametrize("keep_aux", [False, True], ids=["", "aux"])
+def test_a_launch_waits_for_nothing(models: dict[str, Models], keep_aux: bool):
     """Admissions with all that a request can ask for, prefill and decode: the host goes on."""
-    _, engine = answers(models["cuda"], True, num_draft_tokens=3, enforce_eager=True, lag=0)
+    settings = {"enforce_eager": True, "lag": 0, "return_aux_hidden_states": keep_aux}
+    _, engine = answers(models["cuda"], True, num_draft_tokens=3, **settings)
     greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     wishes = [
         greedy,
@@ -138,9 +140,12 @@ def test_a_launch_waits_for_nothing(models: dict[str, Models]):
         torch.cuda.set_sync_debug_mode("error")
         try:
             # The result waits for its own step's event, which is no wait for the device.
-            result = runner_of(engine).launch(plan).result(60)
+            pending = runner_of(engine).launch(plan)
+            result = pending.result(60)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert bool(pending.aux) == keep_aux
+        assert all(rows.start >= 0 for rows in pending.aux)
         engine.scheduler.commit(result)
     assert engine.stats.acceptance.accepted > 0
 
