@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from eaglerun import __version__
 from eaglerun.config import CPU_KV_GIB, Config
-from eaglerun.errors import CheckpointError, ConfigError, EaglerunError
-from eaglerun.server import prompt_commands
+from eaglerun.errors import CheckpointError, ConfigError, EaglerunError, RankFailed
+from eaglerun.server import hung, prompt_commands
 from eaglerun.server.flags import Parser, add_settings, config_of, parse_flags
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
@@ -17,13 +17,19 @@ REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(argv: Sequence[str] | None = None, engine: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code. ``engine`` starts the engine's process of a server; None:
-    this build's."""
+    this build's.
+
+    After RankFailed it does not return: the process ends (hung.leave).
+    """
     _show_what_can_be_shown()
     try:
         return _run(sys.argv[1:] if argv is None else argv, engine)
     except (ConfigError, CheckpointError) as error:
         print(f"eaglerun: {error}", file=sys.stderr)
         return REFUSED
+    except RankFailed as error:
+        print(f"eaglerun: {error}", file=sys.stderr)
+        hung.leave()
     except EaglerunError as error:
         print(f"eaglerun: {error}", file=sys.stderr)
         return FAILED

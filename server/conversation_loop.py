@@ -8,7 +8,7 @@ from typing import Any
 
 from eaglerun.config import nearest
 from eaglerun.conversation import THINKING_MODES
-from eaglerun.errors import EaglerunError, RequestError
+from eaglerun.errors import EaglerunError, RankFailed, RequestError
 from eaglerun.messages import MAX_DRAFT_TOKENS
 from eaglerun.server.partners import Ending, Partner, Piece, Wish
 from eaglerun.server.terminal import DIM, RED, Screen, Tints, acceptance_words, is_text
@@ -60,7 +60,10 @@ class Talk:
         self.failed = False
 
     def run(self) -> None:
-        """Talk until /quit, the end of input, or a second Ctrl-C."""
+        """Talk until /quit, the end of input, or a second Ctrl-C.
+
+        Raises  RankFailed where the engine's device hangs.
+        """
         interrupted = False
         while True:
             try:
@@ -83,6 +86,10 @@ class Talk:
                     self._obey(text)
                 elif text:
                     self._ask(text.removeprefix("/"))
+            except RankFailed:
+                # No further question would be answered.
+                self._screen.end_line()
+                raise
             except EaglerunError as error:
                 self.failed = True
                 self._screen.end_line()

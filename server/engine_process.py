@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol
 from eaglerun.config import Config
 from eaglerun.errors import CapacityError, CheckpointError, ConfigError, RankFailed, RequestError
 from eaglerun.messages import Event, Failed, Finished, Request, Tokens
-from eaglerun.server import wire
+from eaglerun.server import hung, wire
 from eaglerun.server.link import BadFrame, Hangup, HttpLink
 from eaglerun.server.logs import configure_logging, never_waiting
 from eaglerun.server.wire import Totals
@@ -27,7 +27,7 @@ from eaglerun.stats import EngineStats
 log = logging.getLogger(__name__)
 
 BROKE = "the engine failed"
-NOT_STARTED, HTTP_ENDED, BROKEN_LINK, RANK_FAILED = 2, 3, 4, 5
+NOT_STARTED, HTTP_ENDED, BROKEN_LINK = 2, 3, 4
 
 
 class ServedEngine(Protocol):
@@ -94,8 +94,7 @@ def run(make_engine: MakeEngine) -> int:
         except RankFailed:
             # Logged, and told to whoever waits: for the start, or for an answer.
             pass
-    # Not by the interpreter's own end, which would wait for the device that hangs.
-    os._exit(RANK_FAILED)
+    hung.leave()
 
 
 def _live(make_engine: MakeEngine, start: wire.Start) -> int:

@@ -11,7 +11,7 @@ from eaglerun.bench import caches, contexts, latency, prefill, profile, throughp
 from eaglerun.bench.table import say
 from eaglerun.bench.workbench import Options, Workbench
 from eaglerun.config import Config
-from eaglerun.errors import ConfigError
+from eaglerun.errors import ConfigError, RankFailed
 
 # In the order in which they are worth a GPU's time; what is only timed precedes what is profiled.
 PARTS = ("latency", "fill", "profile", "contexts", "prefill", "throughput", "caches", "kernels")
@@ -105,7 +105,8 @@ def run_bench(config: Config, flags: argparse.Namespace) -> int:
     """Every part asked for, in the order given; a part that fails does not keep the next from
     running.
 
-    Raises  ExceptionGroup of what failed, once all have run.
+    Raises  RankFailed at once: on a device that hangs nothing can be measured any more;
+            what else failed once all have run, several as an ExceptionGroup.
     """
     options = _options(flags)
     wanted: Sequence[str] = flags.PARTS
@@ -134,6 +135,8 @@ def run_bench(config: Config, flags: argparse.Namespace) -> int:
         say(f"{name}: begun")
         try:
             parts[name]()
+        except RankFailed:
+            raise
         except Exception as error:
             say(f"{name}: failed: {type(error).__name__}: {error}")
             traceback.print_exc()

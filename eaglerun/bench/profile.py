@@ -1,5 +1,6 @@
 """Decode steps under torch's profiler: how long the device was idle, and what took its time."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ from eaglerun.bench.table import Columns, Table, number, percent
 from eaglerun.bench.trace import STEP, Activity, Summary, parse, summarize
 from eaglerun.bench.workbench import Workbench
 from eaglerun.engine import Engine
+from eaglerun.errors import RankFailed
 
 CONCURRENCY = (1, 64)
 WARM_STEPS = 6
@@ -27,6 +29,8 @@ def record(
     """What the device did while ``step`` was called ``num_steps`` times, one after the other.
 
     keep  a file.json.gz for the whole trace
+
+    Raises  RankFailed of a step, without waiting for the device.
     """
     # Captured graphs do not survive that the tracing library is unloaded and loaded again.
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
@@ -34,10 +38,16 @@ def record(
     if bench.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     bench.synchronize()
-    with profile(activities=activities, acc_events=True) as recorded:
-        for i in range(num_steps):
-            with record_function(f"{STEP}{i}"):
-                step()
+    with contextlib.ExitStack() as stack:
+        recorded = stack.enter_context(profile(activities=activities, acc_events=True))
+        try:
+            for i in range(num_steps):
+                with record_function(f"{STEP}{i}"):
+                    step()
+        except RankFailed:
+            # The profiler stays on, for its end would wait for the device that hangs.
+            stack.pop_all()
+            raise
         bench.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"

@@ -1,22 +1,28 @@
 """Every part of the benchmark from end to end, on a tiny random pair."""
 
+import contextlib
 import json
+import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
+import torch
 from pairs import tiny_pair, without_draft
 
-from eaglerun.bench import commands, workbench
+from eaglerun.bench import commands, profile, workbench
 from eaglerun.bench.contexts import fill_memory, publish
 from eaglerun.bench.drive import Steps, decode_steps, run_to_end, submit
 from eaglerun.bench.throughput import lengths, percentiles
 from eaglerun.config import resolve
 from eaglerun.engine import Engine
-from eaglerun.errors import ConfigError, EngineError
+from eaglerun.errors import ConfigError, EngineError, RankFailed
 from eaglerun.loader import load_models
 from eaglerun.messages import Finished, Request, SamplingParams
 from eaglerun.server import cli
+from eaglerun.server.hung import RANK_FAILED
 from eaglerun.start import start_engine
 
 SETTINGS = (
@@ -211,6 +217,43 @@ def test_a_part_that_fails_does_not_keep_the_next_from_running(
     monkeypatch.setattr(commands.throughput, "run", broken)
     with pytest.raises(ExceptionGroup, match="parts of the benchmark failed"):
         cli.main(["bench", "profile,throughput", *flags])
+
+
+def test_a_device_that_hangs_ends_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def hang(*_: object) -> None:
+        raise RankFailed("step 5 is not done")
+
+    def leave() -> NoReturn:
+        sys.exit(RANK_FAILED)
+
+    def touched(*_: object) -> None:
+        pytest.fail("the device that hangs is used again")
+
+    monkeypatch.setattr(commands.profile, "run", hang)
+    monkeypatch.setattr(commands.latency, "run", touched)
+    monkeypatch.setattr(workbench.Workbench, "drop_engines", touched)
+    monkeypatch.setattr(cli.hung, "leave", leave)
+    with pytest.raises(SystemExit, match=f"^{RANK_FAILED}$"):
+        cli.main(["bench", "profile,latency", *SETTINGS, *SMALL, f"--out={tmp_path}"])
+    assert capsys.readouterr().err.endswith("eaglerun: step 5 is not done\n")
+
+
+def test_a_profile_does_not_wait_for_a_device_that_hangs(monkeypatch: pytest.MonkeyPatch):
+    class Waiting(contextlib.AbstractContextManager[None]):
+        def __init__(self, **options: object) -> None: ...
+
+        def __exit__(self, *error: object) -> None:
+            pytest.fail("waits without end where the device hangs")
+
+    def hang() -> None:
+        raise RankFailed("step 5 is not done")
+
+    monkeypatch.setattr(profile, "profile", Waiting)
+    bench = SimpleNamespace(device=torch.device("cpu"), synchronize=lambda: None)
+    with pytest.raises(RankFailed, match="step 5 is not done"):
+        profile.record(bench, hang, 2)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from eaglerun.errors import CapacityError, ConfigError, EngineError, RequestErro
 from eaglerun.messages import Event, Failed, Finished, FinishReason, Request, SamplingParams, Tokens
 from eaglerun.server import wire
 from eaglerun.server.client import Events
-from eaglerun.server.engine_process import BROKEN_LINK, HTTP_ENDED, RANK_FAILED
+from eaglerun.server.engine_process import BROKEN_LINK, HTTP_ENDED
+from eaglerun.server.hung import RANK_FAILED
 from eaglerun.server.link import Frames, frame
 from eaglerun.server.metrics import RequestMetrics
 from eaglerun.server.process_client import ProcessClient

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from served import LIMIT_S, get, serving, write_checkpoint
 
-from eaglerun.errors import ConfigError, EaglerunError, EngineError
+from eaglerun.errors import ConfigError, EaglerunError, EngineError, RankFailed
 from eaglerun.messages import Finished, SpeculationStats, Tokens
 from eaglerun.server import cli
 from eaglerun.server.conversation_loop import Talk
@@ -106,6 +106,16 @@ def test_a_file_gets_the_answers_alone():
     Talk(Scripted(*PIECES), Screen(out, notes, {}), reader(["a", "b"]), WISH, None).run()
     assert out.getvalue() == "Fine, thanks.\nFine, thanks.\n"
     assert notes.getvalue().count("\x1b[2;32mhm") == 2
+
+
+def test_a_device_that_hangs_ends_the_conversation():
+    partner = Scripted(PIECES[1], RankFailed("step 5 is not done"))
+    out, notes = io.StringIO(), io.StringIO()
+    made = Talk(partner, Screen(out, notes, {}), reader(["a", "b"]), WISH, None)
+    with pytest.raises(RankFailed, match="step 5 is not done"):
+        made.run()
+    assert len(partner.asked) == partner.num_closed == 1
+    assert (out.getvalue(), notes.getvalue()) == ("Fine\n", "")
 
 
 def test_the_conversation_goes_on_until_it_is_reset():
