@@ -118,7 +118,11 @@ class Engine:
         return events
 
     def close(self, message: str = "the engine was shut down") -> list[Event]:
-        """Fail every open request and forget the steps in flight. The engine takes new ones."""
+        """Fail every open request and forget the steps in flight.
+
+        The engine takes new requests; after RankFailed it would only launch them on a device that
+        hangs, so whoever owns it lets it go.
+        """
         self._pending.clear()
         return self.scheduler.fail_all(message)
 

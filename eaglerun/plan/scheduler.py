@@ -38,7 +38,7 @@ class _InFlight:
 
 
 class Scheduler:
-    """Owns every Sequence: nobody else changes one."""
+    """Owns every Sequence: nobody changes one but itself and the owners that it asks."""
 
     def __init__(self, limits: SchedulerLimits, pool: BlockPool, policy: DraftLengthPolicy) -> None:
         self.limits = limits

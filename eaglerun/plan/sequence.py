@@ -1,4 +1,7 @@
-"""Sequence: the one mutable per-request state. Only the scheduler changes it."""
+"""Sequence: the one mutable per-request state.
+
+Only the scheduler, and the owners in this package that it asks, change one.
+"""
 
 from collections.abc import Sequence as TokenIds
 from enum import Enum, auto
