@@ -17,7 +17,7 @@ from eaglerun.plan.sequence import Sequence
 from eaglerun.plan.step import STEP_TIMEOUT_S, StepPlan, StepResult
 from eaglerun.plan.text import TextStream
 from eaglerun.ranks.rank import HiddenRows, Pending, Rank, RankReady
-from eaglerun.stats import AcceptanceLog, EngineStats
+from eaglerun.stats import AcceptanceLog, Builds, EngineStats
 
 log = logging.getLogger("eaglerun")
 
@@ -56,6 +56,11 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         return self.scheduler.stats
+
+    @property
+    def builds(self) -> Builds:
+        """Kernels and graphs that its rank has made so far."""
+        return self.rank.builds()
 
     @property
     def has_work(self) -> bool:

@@ -94,6 +94,35 @@ class EngineStats:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Builds:
+    """What a rank had to make before it could compute: kernels and graphs. A step that makes one
+    takes as much longer, for every sequence in it.
+
+    kernels_compiled, compile_s  compiled by Triton, and how long that took
+    kernels_loaded, load_s       found in Triton's cache on disk instead, and read from there
+    graphs_captured, capture_s   decode moves captured; kernels made meanwhile are in both times
+    """
+
+    kernels_compiled: int = 0
+    compile_s: float = 0.0
+    kernels_loaded: int = 0
+    load_s: float = 0.0
+    graphs_captured: int = 0
+    capture_s: float = 0.0
+
+    def since(self, then: "Builds") -> "Builds":
+        """What was made after ``then``."""
+        return Builds(
+            kernels_compiled=self.kernels_compiled - then.kernels_compiled,
+            compile_s=self.compile_s - then.compile_s,
+            kernels_loaded=self.kernels_loaded - then.kernels_loaded,
+            load_s=self.load_s - then.load_s,
+            graphs_captured=self.graphs_captured - then.graphs_captured,
+            capture_s=self.capture_s - then.capture_s,
+        )
+
+
 class AcceptanceLog:
     """Decides when a line on acceptance is due, and words it.
 

@@ -22,7 +22,7 @@ from eaglerun.server import hung, wire
 from eaglerun.server.link import BadFrame, Hangup, HttpLink
 from eaglerun.server.logs import configure_logging, never_waiting
 from eaglerun.server.wire import Totals
-from eaglerun.stats import EngineStats
+from eaglerun.stats import Builds, EngineStats
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ class ServedEngine(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+
+    @property
+    def builds(self) -> Builds: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -116,6 +119,7 @@ def _live(make_engine: MakeEngine, start: wire.Start) -> int:
                 engine.max_model_len,
                 engine.num_draft_tokens,
                 None if served.checkpoint is None else str(served.checkpoint),
+                engine.builds,
             )
         )
         EngineLoop(engine, link).run()
@@ -149,6 +153,7 @@ class EngineLoop:
         self._link = link
         # What the engine counted before anyone asked, by warming up, is not the users'.
         self._step_s = 0.0
+        self._builds_at_start = engine.builds
         self._before = self._count()
         self._totals_due = 0.0
         self._stopped = False
@@ -231,6 +236,8 @@ class EngineLoop:
             finished=dict(stats.finished),
             speculation=stats.acceptance.stats(),
             by_context={bucket: c.stats() for bucket, c in stats.by_context.items()},
+            builds=engine.builds,
+            builds_at_start=self._builds_at_start,
             num_running=engine.num_running,
             num_waiting=engine.num_waiting,
             kv_usage=engine.kv_usage,

@@ -106,6 +106,7 @@ class Exposition(Collector):
         totals = self._totals()
         yield from self._state(totals)
         yield from self._tokens(totals)
+        yield from self._builds(totals)
         yield from self._speculation(totals.speculation)
         yield from self._by_context(totals)
         yield from self._times()
@@ -175,6 +176,28 @@ class Exposition(Collector):
                 ({"part": "host"}, host_s),
             ],
         )
+
+    def _builds(self, totals: Totals) -> Iterator[Metric]:
+        """``when``: start is before Ready, served in a step after it, for which users waited."""
+        both = (({"when": "start"}, totals.builds_at_start), ({"when": "served"}, totals.builds))
+        for name, text, values in (
+            ("kernels_compiled", "Kernels compiled.", [b.kernels_compiled for _, b in both]),
+            ("kernel_compile_seconds", "Time in compiling them.", [b.compile_s for _, b in both]),
+            (
+                "kernels_loaded",
+                "Kernels found in Triton's cache on disk.",
+                [b.kernels_loaded for _, b in both],
+            ),
+            ("kernel_load_seconds", "Time in reading them there.", [b.load_s for _, b in both]),
+            ("graphs_captured", "Decode graphs captured.", [b.graphs_captured for _, b in both]),
+            (
+                "graph_capture_seconds",
+                "Time in capturing them, with the kernels made meanwhile.",
+                [b.capture_s for _, b in both],
+            ),
+        ):
+            labelled = [(labels, n) for (labels, _), n in zip(both, values, strict=True)]
+            yield from self._counter(name, text, labelled)
 
     def _speculation(self, stats: SpeculationStats) -> Iterator[Metric]:
         for name, text, value in (

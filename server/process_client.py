@@ -328,6 +328,7 @@ class ProcessClient:
             case wire.NotStarted(message) if not self._started.done():
                 self._started.set_exception(ConfigError(message))
             case wire.Ready() if not self._started.done():
+                self.totals = Totals(builds_at_start=report.builds)
                 self._started.set_result(report)
 
     def _on_step(self, step: wire.Step) -> None:

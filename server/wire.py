@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from eaglerun.config import Config
 from eaglerun.messages import Failed, Finished, Request, SpeculationStats, Tokens
+from eaglerun.stats import Builds
 
 # How old the Totals of a busy engine may become before the next ones.
 TOTALS_EVERY_S = 0.25
@@ -55,12 +56,14 @@ class NotStarted(Struct, tag="not_started"):
 
 
 class Ready(Struct, tag="ready"):
-    """The engine takes requests. ``checkpoint``: the target's directory, with its tokenizer."""
+    """The engine takes requests. ``checkpoint``: the target's directory, with its tokenizer;
+    ``builds``: kernels and graphs made by now."""
 
     model_name: str
     max_model_len: int
     num_draft_tokens: int
     checkpoint: str | None
+    builds: Builds = Builds()
 
     @property
     def path(self) -> Path | None:
@@ -80,6 +83,8 @@ class Totals(Struct, frozen=True):
 
     step_s              time in steps
     target_s, draft_s   of that, in the two models
+    builds              kernels and graphs made in served steps, those after Ready
+    builds_at_start     those made before
     """
 
     steps: int = 0
@@ -95,12 +100,14 @@ class Totals(Struct, frozen=True):
     finished: dict[str, int] = {}
     speculation: SpeculationStats = SpeculationStats()
     by_context: dict[int, SpeculationStats] = {}
+    builds: Builds = Builds()
+    builds_at_start: Builds = Builds()
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
 
     def since(self, then: "Totals") -> "Totals":
-        """What was counted after ``then``; gauges and words as they are now."""
+        """What was counted after ``then``; gauges and the start's counts as they are now."""
         return Totals(
             steps=self.steps - then.steps,
             step_s=self.step_s - then.step_s,
@@ -118,6 +125,8 @@ class Totals(Struct, frozen=True):
                 bucket: less(stats, then.by_context.get(bucket, SpeculationStats()))
                 for bucket, stats in self.by_context.items()
             },
+            builds=self.builds.since(then.builds),
+            builds_at_start=self.builds_at_start,
             num_running=self.num_running,
             num_waiting=self.num_waiting,
             kv_usage=self.kv_usage,

@@ -24,7 +24,7 @@ from eaglerun.messages import (
     Tokens,
 )
 from eaglerun.server.engine_process import Served, run
-from eaglerun.stats import AcceptanceCounter, EngineStats
+from eaglerun.stats import AcceptanceCounter, Builds, EngineStats
 
 FOREVER = 1 << 30
 
@@ -89,6 +89,7 @@ class ScriptedEngine:
         self._num_begun = 0
         self._pause_s = pause_ms / 1e3
         self.stats = EngineStats()
+        self.builds = Builds()
         self._places = max_num_seqs
         self._num_accepted = num_accepted
         self._raise_at, self._hang_at, self._lose_rank_at = raise_at, hang_at, lose_rank_at

@@ -10,7 +10,7 @@ from eaglerun.checkpoint.budget import MemoryUse, graph_outputs
 from eaglerun.config import Config
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError, EngineError
-from eaglerun.kernels.compiling import watching_compiler
+from eaglerun.kernels.compiling import compiles, watching_compiler
 from eaglerun.loader import (
     Models,
     cache_dtypes,
@@ -30,6 +30,7 @@ from eaglerun.run.options import RunnerOptions
 from eaglerun.run.pending import PendingStep
 from eaglerun.run.runner import Runner
 from eaglerun.speculative.verify import synthetic_rates
+from eaglerun.stats import Builds
 
 # Decode batch sizes that are captured as graphs, as far as max_num_seqs needs them.
 CAPTURED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -68,6 +69,7 @@ class LocalRank:
         self._progress = progress
         self._loaded: _Loaded | None = None
         self._runner: Runner | None = None
+        self._before = _kernels()
 
     def load(self) -> RankReady:
         config = self._config
@@ -126,6 +128,13 @@ class LocalRank:
 
     def launch(self, plan: StepPlan) -> PendingStep:
         return self.runner.launch(plan)
+
+    def builds(self) -> Builds:
+        made = _kernels().since(self._before)
+        if self._runner is None:
+            return made
+        graphs = self._runner.decode.graphs
+        return replace(made, graphs_captured=len(graphs), capture_s=graphs.capture_s)
 
     def close(self) -> None:
         self._loaded = self._runner = None
@@ -242,6 +251,12 @@ def _measured(config: Config, loaded: _Loaded, memory: DeviceMemory) -> MemoryUs
         scheduling.max_chunk_tokens or scheduling.max_num_batched_tokens,
         outputs,
     )
+
+
+def _kernels() -> Builds:
+    """What this process's Triton has made so far."""
+    made = compiles()
+    return Builds(made.num_compiled, made.compile_s, made.num_loaded, made.load_s)
 
 
 def _compiled(line: Any, name: str) -> None:

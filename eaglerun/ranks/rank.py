@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from eaglerun.checkpoint.budget import KVBudget, MemoryUse
 from eaglerun.plan.step import StepPlan, StepResult
+from eaglerun.stats import Builds
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,9 @@ class Rank(Protocol):
 
     def launch(self, plan: StepPlan) -> Pending:
         """Run one step, without waiting for it. Plans come in the order they were made."""
+
+    def builds(self) -> Builds:
+        """Kernels and graphs that it has made. Reads counts, and may be called at any time."""
 
     def close(self) -> None:
         """Let go of the models and of all memory. Nothing is launched any more."""

@@ -33,6 +33,8 @@ class Graphs:
     Once the captured moves hold ``max_bytes``, others run uncaptured; ``num_refused`` counts how
     often. From then on nothing is captured, so that no graph reads what an uncaptured move made.
 
+    ``capture_s`` are the seconds that all captures took.
+
     ``progress`` draws a line for as long as a move is captured.
     """
 
@@ -47,6 +49,7 @@ class Graphs:
         self.enabled = enabled and device.type == "cuda"
         self.num_bytes = 0
         self.num_refused = 0
+        self.capture_s = 0.0
         self.max_bytes = max_bytes
         self._blank = blank
         self._progress = progress
@@ -79,7 +82,9 @@ class Graphs:
                 return move()
             with counter(self._progress, "capturing", "graphs", len(self), leave=False) as line:
                 line.set_postfix_str(f"{key}")
+                begin = time.perf_counter()
                 found = self._capture(key, move)
+                self.capture_s += time.perf_counter() - begin
                 line.update()
         graph, output = found
         graph.replay()

@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from engine.test_engine import make
-from torch import Tensor
+from replayed import Replayed
 
 from eaglerun.engine import Engine
 from eaglerun.errors import RankFailed
@@ -18,6 +17,7 @@ from eaglerun.messages import SamplingParams
 from eaglerun.plan.step import StepPlan, StepResult
 from eaglerun.ranks.local import runner_of
 from eaglerun.run.graphs import Graphs
+from eaglerun.stats import Builds
 
 
 @pytest.mark.parametrize("progress", [True, None])
@@ -111,48 +111,6 @@ def test_a_capture_waits_before_and_after_its_first_run(monkeypatch: pytest.Monk
     assert device.runs == 2
 
 
-class Replayed:
-    """Graphs as a GPU has them, on a CPU: the first run of a key fixes which tensors its move reads
-    and returns; later runs read what lies there now and overwrite what was returned."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        enabled: bool,
-        blank: Callable[[], AbstractContextManager[None]],
-        max_bytes: int | None,
-        progress: bool | None,
-    ) -> None:
-        self.enabled = True
-        self._blank = blank
-        self.captured: dict[tuple[Any, ...], tuple[Callable[[], Any], Any]] = {}
-
-    def run(self, key: tuple[Any, ...], move: Callable[[], Any], capture: bool) -> Any:
-        assert capture
-        if key not in self.captured:
-            with self._blank():
-                move()
-                self.captured[key] = (move, move())
-        first, output = self.captured[key]
-        overwrite(output, first())
-        return output
-
-
-def overwrite(old: object, new: object) -> None:
-    if isinstance(old, Tensor):
-        assert isinstance(new, Tensor)
-        old.copy_(new)
-    elif isinstance(old, tuple):
-        assert isinstance(new, tuple)
-        for a, b in zip(old, new, strict=True):
-            overwrite(a, b)
-    elif dataclasses.is_dataclass(old):
-        for field in dataclasses.fields(old):
-            overwrite(getattr(old, field.name), getattr(new, field.name))
-    else:
-        assert old is None and new is None
-
-
 KS = (3, 1, 2, 0, 3, 3, 2, 2, 1, 1, 0, 0, 1, 3, 2)
 
 
@@ -193,12 +151,12 @@ def test_a_replay_computes_what_the_move_computes_whatever_k_came_before(
     pairs = {(plan.num_drafts, plan.num_propose) for plan, *_ in plain if plan.decode}
     assert len(pairs) > 10
     for move, others in (("fill", 2), ("propose", 1)):
-        keys = [key for key in graphs.captured if key[0] == move]
+        keys = [key for key in graphs.keys if key[0] == move]
         # By the bound of the keys, by what the sampling needs of a draft that is drawn, and
         # whether there is anything to propose.
         sampled = {key[-1] for key in keys} if move == "propose" else {None}
         assert 0 < len(keys) <= 4 * 2 * others * len(sampled)
-    assert {key[0] for key in graphs.captured} == {"target", "accept", "fill", "propose"}
+    assert {key[0] for key in graphs.keys} == {"target", "accept", "fill", "propose"}
 
 
 def test_without_a_draft_two_moves_run(monkeypatch: pytest.MonkeyPatch):
@@ -207,4 +165,24 @@ def test_without_a_draft_two_moves_run(monkeypatch: pytest.MonkeyPatch):
     steps(engine)
     graphs = runner_of(engine).decode.graphs
     assert isinstance(graphs, Replayed)
-    assert {key[0] for key in graphs.captured} == {"target", "accept"}
+    assert {key[0] for key in graphs.keys} == {"target", "accept"}
+
+
+def test_captures_are_counted_with_their_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("eaglerun.run.decode.Graphs", Replayed)
+    engine = make(k=3, decode_batch_sizes=(1, 4), max_num_seqs=4)
+    assert engine.builds == Builds()
+    params = SamplingParams(temperature=0.0, max_tokens=9)
+    LLM.from_engine(engine).generate([[5, 6]], params, progress=False)
+    first = engine.builds
+    graphs = runner_of(engine).decode.graphs
+    assert first.graphs_captured == len(graphs) >= 4 and first.capture_s > 0
+    LLM.from_engine(engine).generate([[5, 6]], params, progress=False)
+    assert engine.builds == first
+    steps(engine)
+    more = engine.builds.since(first)
+    assert more.graphs_captured == len(graphs) - first.graphs_captured > 0
+    # Nothing compiles where the references compute.
+    assert more.capture_s > 0 == more.kernels_compiled == more.kernels_loaded
+    engine.rank.close()
+    assert engine.builds == Builds()

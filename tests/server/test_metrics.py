@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -13,7 +14,7 @@ from eaglerun.messages import Finished, FinishReason, SpeculationStats
 from eaglerun.server.metrics import LENGTHS, SECONDS, Exposition, Histogram, RequestMetrics
 from eaglerun.server.monitor import NUM_SAMPLES, Monitor
 from eaglerun.server.wire import Totals, less
-from eaglerun.stats import AcceptanceCounter
+from eaglerun.stats import AcceptanceCounter, Builds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +38,8 @@ TOTALS = Totals(
     finished={"stop": 3, "abort": 1},
     speculation=counted((3, 3), (3, 1), (2, 0)),
     by_context={1024: counted((3, 3)), 2048: counted((3, 1), (2, 0))},
+    builds=Builds(1, 0.5, 2, 0.25, 3, 1.5),
+    builds_at_start=Builds(40, 8.0, 50, 2.0, 6, 4.0),
     num_running=2,
     num_waiting=5,
     kv_usage=0.25,
@@ -91,6 +94,21 @@ def test_counts_are_exposed_under_both_names():
     assert value(length, "context_below=2048") == 1.5
     assert value("eaglerun:spec_decode_acceptance_rate", "context_below=1024") == 1.0
     assert value("eaglerun:spec_decode_num_drafts_by_context_total", "context_below=2048") == 2
+
+
+def test_what_was_compiled_and_captured_is_told_for_the_start_and_for_served_steps():
+    found = exposed(TOTALS, RequestMetrics())
+    values = {
+        name: [
+            found[f"eaglerun:{name}_total", frozenset([f"when={w}"])] for w in ("start", "served")
+        ]
+        for name in (
+            *("kernels_compiled", "kernel_compile_seconds"),
+            *("kernels_loaded", "kernel_load_seconds"),
+            *("graphs_captured", "graph_capture_seconds"),
+        )
+    }
+    assert list(values.values()) == [[40, 1], [8, 0.5], [50, 2], [2, 0.25], [6, 3], [4, 1.5]]
 
 
 def test_connections_and_statuses_are_exposed():
@@ -150,7 +168,11 @@ def test_the_difference_of_two_counts():
     assert less(now, then) == counted((4, 4), (1, 0))
     assert less(now, SpeculationStats()) == now
     assert less(now, now).steps == 0
-    new = TOTALS.since(Totals(steps=4, finished={"stop": 1}, by_context={2048: counted((2, 0))}))
+    then = Totals(steps=4, finished={"stop": 1}, by_context={2048: counted((2, 0))})
+    then = replace(then, builds=Builds(kernels_compiled=1, capture_s=0.5))
+    new = TOTALS.since(then)
+    assert new.builds == Builds(0, 0.5, 2, 0.25, 3, 1.0)
+    assert new.builds_at_start == TOTALS.builds_at_start
     assert new.steps == 6 and new.finished == {"stop": 2, "abort": 1}
     assert new.by_context[2048] == counted((3, 1)) and new.num_waiting == 5
 
