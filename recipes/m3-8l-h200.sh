@@ -7,6 +7,7 @@
 #   mha      latency with the MHA draft, ~1 min
 #   fp8      decode steps at the longest context with KV and index keys in fp8, ~1 min
 #   kernels  every kernel alone, ~2 min
+#   waves    a fresh server's users over HTTP, with the GQA draft, ~4 min
 #   invariant  latency and prefill with the GQA draft and --batch-invariant, ~1 min
 #   apart    latency and profile with the GQA draft and --no-overlap-kernels, beside gqa's, ~1 min
 # EAGLERUN is the command; on a small machine, PRESET is another preset, FLAGS are added to each
@@ -15,7 +16,7 @@ set -u
 dir=${1:?usage: $0 DIR [PART ...]}
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(gqa mha fp8 kernels)
+[ ${#parts[@]} -gt 0 ] || parts=(gqa mha fp8 kernels waves)
 read -ra eaglerun <<<"${EAGLERUN:-eaglerun}"
 read -ra flags <<<"${FLAGS:-}"
 preset=${PRESET:-m3-8l-h200}
@@ -56,6 +57,7 @@ for part in "${parts[@]}"; do
         --context "${LONGEST:-131072}" --concurrency 8 --concurrency 32 "${peaks[@]}"
       ;;
     kernels) measure kernels 240 kernels ;;
+    waves) measure waves 480 waves --config "$preset" --budget-s 420 ;;
     apart)
       measure apart 120 latency,profile --config "$preset" --no-overlap-kernels "${peaks[@]}"
       ;;
@@ -63,7 +65,7 @@ for part in "${parts[@]}"; do
       measure invariant 120 latency,prefill --config "$preset" --batch-invariant "${peaks[@]}"
       ;;
     *)
-      echo "$part: allowed gqa, mha, fp8, kernels, invariant, apart"
+      echo "$part: allowed gqa, mha, fp8, kernels, waves, invariant, apart"
       exit 2
       ;;
   esac

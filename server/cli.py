@@ -83,7 +83,7 @@ def _parser(argv: Sequence[str]) -> Parser:
         ("generate", "answers to prompts, here and now"),
         ("eval", "accuracy on the demo's held-out problems, with and without the draft"),
         ("lossless", "answers with the draft against those without it, each difference explained"),
-        ("bench", "step time, throughput, long contexts, prefill, kernels; with and without draft"),
+        ("bench", "step time, throughput, contexts, prefill, kernels; the first users of a server"),
         ("check-config", "the settings in effect and what the models would take; loads nothing"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)

@@ -26,7 +26,7 @@ class OverHttp:
     """A server's chat API. What only an eaglerun server tells is missing with others."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
-        self.url = _parsed(url)
+        self.url = parsed_url(url)
         self._base = self.url.path.rstrip("/").removesuffix("/v1")
         self._where = f"{self.url.scheme}://{self.url.netloc}{self._base}"
         self._headers = {"content-type": "application/json"}
@@ -44,7 +44,7 @@ class OverHttp:
         reason = num_tokens = speculation = None
         for chunk in self._events("/v1/chat/completions", self._body(messages, wish)):
             if "error" in chunk:
-                raise ServerError(f"the answer broke off: {_words(chunk)}")
+                raise ServerError(f"the answer broke off: {words_of(chunk)}")
             if chunk.get("usage"):
                 num_tokens = chunk["usage"].get("completion_tokens")
             if chunk.get("metrics"):
@@ -142,7 +142,7 @@ class OverHttp:
 
     def _refusal(self, response: http.client.HTTPResponse) -> EaglerunError:
         try:
-            words = _words(json.loads(response.read()))
+            words = words_of(json.loads(response.read()))
         except ValueError:
             words = response.reason
         if response.status == 401:
@@ -153,7 +153,7 @@ class OverHttp:
 _Plain = http.client.HTTPConnection
 
 
-def _parsed(url: str) -> SplitResult:
+def parsed_url(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         # Raises for a port that is no number.
@@ -165,7 +165,7 @@ def _parsed(url: str) -> SplitResult:
     return parts
 
 
-def _words(body: Any) -> str:
+def words_of(body: Any) -> str:
     """Return the message of an error body, in OpenAI's form or another."""
     error = body.get("error", body) if isinstance(body, dict) else body
     message = error.get("message") if isinstance(error, dict) else None

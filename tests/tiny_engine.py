@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from fake_engine import TOKENIZER
 from pairs import tiny_pair
+from replayed import Replayed
 
 from eaglerun.config import Config
+from eaglerun.run import decode
 from eaglerun.server.engine_process import Served, run
 from eaglerun.start import start_engine, warm_up
 
@@ -24,7 +26,10 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--poison", type=int, help="a token whose embedding becomes NaN")
     parser.add_argument("--broken-layer", type=int, help="a layer whose weights are NaN")
+    parser.add_argument("--captures", action="store_true", help="moves are captured, as on a GPU")
     flags = parser.parse_args()
+    if flags.captures:
+        decode.Graphs = Replayed
     checkpoint = flags.checkpoint
     torch.set_num_threads(1)
 

@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from eaglerun.bench import caches, contexts, latency, prefill, profile, throughput
+from eaglerun.bench import caches, contexts, latency, prefill, profile, throughput, waves
 from eaglerun.bench.table import say
 from eaglerun.bench.workbench import Options, Workbench
 from eaglerun.config import Config
 from eaglerun.errors import ConfigError, RankFailed
 
 # In the order in which they are worth a GPU's time; what is only timed precedes what is profiled.
-PARTS = ("latency", "fill", "profile", "contexts", "prefill", "throughput", "caches", "kernels")
+# The last runs alone: the models are in a server's process, and would not fit twice.
+PARTS = (
+    *("latency", "fill", "profile", "contexts", "prefill", "throughput", "caches", "kernels"),
+    "waves",
+)
 
 
 def add_bench_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +31,8 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         "and kernels of decode steps), contexts (decode steps at long contexts), prefill (time to "
         "first token of long prompts), throughput (many prompts, continuous batching), caches "
         "(what bf16 and fp8 caches change in the logits of the demo's held-out problems), kernels "
-        "(each kernel alone, on a GPU; needs no model)",
+        "(each kernel alone, on a GPU; needs no model); or waves alone (a fresh server, over HTTP: "
+        "for each concurrency c three waves of c requests at once, then one of 4c)",
     )
     group = parser.add_argument_group("benchmark")
     group.add_argument(
@@ -78,6 +83,23 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="PART.json and PART.md go here, row by row"
     )
     group.add_argument(
+        "--url",
+        help="waves: a server that runs; without, one is started with these settings, on a free "
+        "local port, without TLS, keys and rate limit",
+    )
+    group.add_argument(
+        "--start-timeout",
+        type=float,
+        default=default.start_timeout_s,
+        metavar="SECONDS",
+        help="waves: how long the server may take until it is ready",
+    )
+    group.add_argument(
+        "--vocab-size",
+        type=_number(2),
+        help="waves: ids of prompts are below this (default: the model's)",
+    )
+    group.add_argument(
         "--budget-s", type=float, metavar="SECONDS", help="begin no further row after so long"
     )
 
@@ -110,6 +132,11 @@ def run_bench(config: Config, flags: argparse.Namespace) -> int:
     """
     options = _options(flags)
     wanted: Sequence[str] = flags.PARTS
+    if "waves" in wanted:
+        if len(wanted) > 1:
+            raise ConfigError(f"{','.join(wanted)}: waves runs alone, for its server needs the GPU")
+        waves.run(config, options)
+        return 0
     longest = 0
     if "contexts" in wanted:
         drafts = max(options.num_drafts or (config.num_draft_tokens,))
@@ -168,6 +195,7 @@ def _options(flags: argparse.Namespace) -> Options:
         ("bandwidth_gb_s", 1e-3, 1e6),
         ("tflops", 1e-6, 1e6),
         ("budget_s", 0.0, 1e9),
+        ("start_timeout", 0.0, 1e9),
     ):
         value = getattr(flags, name)
         if value is not None and not low <= value <= high:
@@ -189,4 +217,7 @@ def _options(flags: argparse.Namespace) -> Options:
         flops=None if flags.tflops is None else flags.tflops * 1e12,
         out=flags.out,
         budget_s=flags.budget_s,
+        url=flags.url,
+        start_timeout_s=flags.start_timeout,
+        vocab_size=flags.vocab_size,
     )

@@ -29,6 +29,7 @@ class Table(Generic[R]):
     columns    title -> cell of a row and of all rows so far
     directory  where NAME.json and NAME.md go; None: nowhere
     settings   the effective settings, as TOML
+    about      the machine(); None: this process's
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Table(Generic[R]):
         columns: Columns[R],
         directory: Path | None,
         settings: str,
+        about: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.rows: list[R] = []
         self._columns = columns
         self._directory = directory
         self._settings = settings
+        self._about = about
 
     def add(self, row: R) -> None:
         self.rows.append(row)
@@ -51,7 +54,7 @@ class Table(Generic[R]):
         if self._directory is None:
             return
         body = {
-            "machine": machine(),
+            "machine": machine() if self._about is None else self._about,
             "settings": self._settings,
             "rows": list(map(_plain, self.rows)),
         }

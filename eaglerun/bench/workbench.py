@@ -43,6 +43,9 @@ class Options:
     flops: float | None = None
     out: Path | None = None
     budget_s: float | None = None
+    url: str | None = None
+    start_timeout_s: float = 1800.0
+    vocab_size: int | None = None
 
 
 class Workbench:
