@@ -26,6 +26,7 @@ from eaglerun.server.http_partner import ServerError
 
 SERVE = (sys.executable, "-m", "eaglerun", "serve")
 NUM_LAST_LINES = 15
+POLL_S = 0.1
 # How long a server that was told to end may take, and one that seems to have died.
 STOP_S, DEATH_S = 30.0, 5.0
 
@@ -60,10 +61,14 @@ class Server:
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """ServerError with its last lines where it ends, or takes longer."""
-        in_time = self._told.wait(timeout_s)
+        deadline = self._begun + timeout_s
+        # Its log may stay open longer than it lives, in the hands of a process that it started.
+        while not self._told.wait(POLL_S) and self._process.poll() is None:
+            if time.perf_counter() > deadline:
+                break
         if self.url:
             return
-        if in_time:
+        if self._told.is_set() or self._process.poll() is not None:
             raise ServerError(f"the server did not start{self.last_words()}")
         raise ServerError(
             f"the server was not ready after --start-timeout {timeout_s:g} s{self._lines()}"

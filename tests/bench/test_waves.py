@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shlex
 import socket
@@ -134,6 +135,21 @@ def test_a_server_that_does_not_start_says_why(
     around(monkeypatch, f"scripted_engine.py {engine}", write_checkpoint(tmp_path))
     code, said = failing(capsys, *flags)
     assert code == cli.FAILED and re.search(words, said, re.DOTALL), said
+
+
+def test_a_server_whose_log_stays_open_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    command = f"read line < {shlex.quote(str(held))} & echo gone >&2; exit 3"
+    monkeypatch.setattr(own_server, "SERVE", ("sh", "-c", command))
+    monkeypatch.setattr(own_server, "DEATH_S", 0.1)
+    code, said = failing(capsys)
+    # Now whoever holds the log ends too.
+    held.write_text("")
+    assert code == cli.FAILED
+    assert said.endswith("did not start; it ended with code 3. Its last lines:\ngone\n")
 
 
 def test_the_real_server_gets_a_tokenizer_for_random_weights(
