@@ -355,6 +355,7 @@ def test_hidden_states_wait_for_their_positions_with_the_result(
         late.append((torch.full_like(tensor, 10**6), tensor.clone()))
         return late[-1][0]
 
+    @torch.inference_mode()
     def wait(clock: Clock, timeout_s: float) -> bool:
         for copy, original in late:
             copy.copy_(original)
