@@ -109,7 +109,7 @@ START_COLUMNS: Columns[StartRow] = {
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What /metrics says at a moment. ``served`` and ``at_start`` are None where it does not tell
+    """A reading of /metrics. ``served`` and ``at_start`` are None where it does not tell
     of kernels and graphs, which other servers do not."""
 
     answers: float

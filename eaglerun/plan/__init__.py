@@ -1,1 +1,1 @@
-"""Who runs next: what a step does, and what becomes of its result. No torch."""
+"""Decides which sequences run next, and takes in what a step computed. No torch."""

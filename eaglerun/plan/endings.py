@@ -17,7 +17,7 @@ class Ending:
 
 
 class Taken(NamedTuple):
-    """What a sequence took of a step: its first ``num_tokens`` tokens, and their text. A tuple,
+    """The part of a step that a sequence took: ``num_tokens`` tokens, and their text. A tuple,
     because one is made for every row of every step."""
 
     num_tokens: int
@@ -33,7 +33,7 @@ def tokens_left(seq: Sequence, limits: SchedulerLimits) -> int:
 
 
 def may_have_ended(seq: Sequence, limits: SchedulerLimits) -> bool:
-    """Whether a step in flight may bring, or surely brings, the sequence to its end."""
+    """True where a step in flight may bring, or surely brings, the sequence to its end."""
     return (
         seq.abort_requested
         or seq.preempt_requested
@@ -65,7 +65,7 @@ def take(seq: Sequence, tokens: tuple[int, ...], limits: SchedulerLimits) -> Tak
 
 
 def _at_newest(seq: Sequence, token: int, limits: SchedulerLimits) -> tuple[Ending | None, str]:
-    """Whether the sequence ends with its newest token, and that token's text."""
+    """Tells if the sequence ends with its newest token, and gives that token's text."""
     sampling = seq.sampling
     may_stop = seq.num_output_tokens > sampling.min_tokens
     eos = not sampling.ignore_eos and token in limits.eos_token_ids

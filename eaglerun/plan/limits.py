@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What the scheduler may hand out.
+    """Limits of what the scheduler hands out.
 
     max_num_batched_tokens  rows of a step: decode rows first, prefill chunks take the rest
     max_chunk_tokens        rows of one prefill chunk

@@ -24,7 +24,7 @@ class Outbox:
         self._open[request_id] += 1
 
     def is_open(self, request_id: str) -> bool:
-        """Whether an end of the request is still to be taken out."""
+        """True while an end of the request is still to be taken out."""
         return self._open[request_id] > 0
 
     def add(self, event: Event) -> None:

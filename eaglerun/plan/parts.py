@@ -39,7 +39,7 @@ def prefill_chunk(seq: Sequence, k: int, budget: int, limits: SchedulerLimits) -
 
 
 def admission(seq: Sequence) -> Admission:
-    """What the device must know of a sequence that has just got its slot."""
+    """Tells the device what it must know of a sequence that has just got its slot."""
     counted, hits = seq.sampling.penalized, seq.num_published
     return Admission(
         slot_id=seq.slot_id,

@@ -1,1 +1,1 @@
-"""What computes: the ranks of an engine. Today one, in its own process."""
+"""The ranks of an engine, which compute. Today one, in the engine's process."""

@@ -20,7 +20,7 @@ from eaglerun.stats import Builds
 
 @dataclass(frozen=True, slots=True)
 class RankReady:
-    """What a rank tells of the models that it has loaded.
+    """A rank's description of the models that it has loaded.
 
     has_draft     a draft is loaded and drafts are wanted
     path          the target's directory, if it has one
