@@ -21,13 +21,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+# The modules that coverage watches, with all that they import.
+WATCHED = (
+    "eaglerun.server.http_limits",
+    "eaglerun.server.link",
+    "eaglerun.server.prepare_process",
+    "eaglerun.models.loading",
+    "eaglerun.checkpoint.draft",
+)
+
 if "--atheris" in sys.argv:
     import atheris
 
-    # The fuzzer watches what is imported here; the imports below find it.
+    # The imports below find what is imported here.
     with atheris.instrument_imports(include=["eaglerun", "uvicorn"]):
-        for name in ("server.http_limits", "server.prepare_process", "models.loading", "spec"):
-            importlib.import_module(f"eaglerun.{name}")
+        for name in WATCHED:
+            importlib.import_module(name)
 
 import torch  # noqa: E402
 import uvicorn  # noqa: E402

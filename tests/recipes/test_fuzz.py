@@ -24,3 +24,8 @@ def fuzz_server():
 def test_strange_bytes(fuzz_server, tmp_path: Path, name: str):
     assert list(fuzz_server.KINDS) == NAMES
     assert fuzz_server.fuzz(name, 0.3, 1, tmp_path) > 5
+
+
+def test_what_coverage_watches_exists(fuzz_server):
+    """The long run imports these by name, which no other test does."""
+    assert all(importlib.util.find_spec(name) for name in fuzz_server.WATCHED)
