@@ -206,6 +206,19 @@ class SchedulingConfig(Checked):
         "is captured, else no padding",
     )
     enforce_eager: bool = option(False, "on a GPU: launch every kernel anew, capture no graphs")
+    warmup: str = option(
+        "common",
+        "on a GPU, what a server has ready before its first request; full: all kernels, and graphs "
+        "of the decode steps with any number of drafts; common: all kernels, and graphs of those "
+        "with all drafts; other steps are captured while nobody waits; none: each kernel and graph "
+        "is made where a step first needs it",
+        choices=("full", "common", "none"),
+    )
+    kernel_cache_dir: str | None = option(
+        None,
+        "where compiled kernels are kept from start to start; none: Triton's cache directory, "
+        "TRITON_CACHE_DIR or ~/.triton/cache",
+    )
     overlap_kernels: bool = option(
         True, "on a Hopper GPU: let a kernel start while the one before it ends"
     )

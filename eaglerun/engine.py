@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from eaglerun.config import Config
-from eaglerun.errors import RequestError
+from eaglerun.errors import EngineError, RequestError
 from eaglerun.messages import MAX_LOGIT_BIAS, MAX_STOP_IDS, Event, Request
 from eaglerun.plan.scheduler import Scheduler
 from eaglerun.plan.sequence import Sequence
@@ -34,6 +34,7 @@ class Engine:
         self.model_name = ready.model_name
         self.tokenizer = ready.tokenizer
         self.path = ready.path
+        self.on_gpu = ready.on_gpu
         self.vocab_size = ready.vocab_size
         self.eos_token_ids = ready.eos_token_ids
         self.num_draft_tokens = scheduler.limits.num_draft_tokens
@@ -61,6 +62,22 @@ class Engine:
     def builds(self) -> Builds:
         """Kernels and graphs that its rank has made so far."""
         return self.rank.builds()
+
+    @property
+    def idle_builds(self) -> Builds:
+        """Those of builds that were made in make_missed()."""
+        return self.rank.idle_builds()
+
+    @property
+    def has_missed(self) -> bool:
+        """Whether steps did without something that can be made for the next ones."""
+        return self.rank.has_missed
+
+    def make_missed(self) -> None:
+        """Make one such thing, which takes up to a second. EngineError where there is work."""
+        if self.has_work:
+            raise EngineError("what steps missed is made while there is no work")
+        self.rank.make_missed()
 
     @property
     def has_work(self) -> bool:

@@ -23,7 +23,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def to_host(tensor: Tensor) -> Tensor:
     """A copy on the host, there once the step's last event is; the next step may overwrite the
     original at once."""
-    if tensor.device.type == "cpu":
+    if tensor.device.type != "cuda":
         return tensor.clone()
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return copy.copy_(tensor, non_blocking=True)

@@ -1,6 +1,8 @@
 """Config -> Engine: read, load, rehearse, size, allocate; and warm up, for who serves at once."""
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 
 from eaglerun.checkpoint.budget import KVBudget, MemoryUse, format_use, size_kv
 from eaglerun.config import CPU_KV_GIB, Config
@@ -18,11 +20,27 @@ from eaglerun.run.memory import DeviceMemory
 
 log = logging.getLogger("eaglerun")
 
+WARM_UP_TOKENS = 8
 WARM_UP = Request(
     request_id="warm-up",
     prompt_ids=(0, 0),
-    sampling=SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, seed=0),
+    sampling=SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True, seed=0),
     cache_salt="warm-up",
+)
+# What requests may ask for that takes other operations.
+WARM_UP_ASKED = (
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=1.0, top_p=0.95, top_k=40, min_p=0.01),
+    SamplingParams(
+        temperature=1.0,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        logit_bias={0: 1.0},
+        min_tokens=1,
+        logprobs=5,
+        prompt_logprobs=1,
+    ),
 )
 
 
@@ -32,16 +50,17 @@ def start_engine(
     policy: DraftLengthPolicy | None = None,
     memory: DeviceMemory | None = None,
     progress: bool | None = False,
+    served: bool = False,
 ) -> Engine:
     """An engine that can be stepped.
 
-    models, memory, progress  see LocalRank
+    models, memory, progress, served  see LocalRank
     policy                    draft lengths; None: the configured one at every step
 
     Raises  ConfigError on settings that exclude one another, CheckpointError, and CapacityError
     where the GPU has no room for them.
     """
-    rank = LocalRank(config, models, memory, progress)
+    rank = LocalRank(config, models, memory, progress, served)
     ready = rank.load()
     use = None if config.cache.sized else rank.rehearse()
     num_blocks = _num_blocks(config, ready, use)
@@ -50,6 +69,7 @@ def start_engine(
     if use is not None:
         lines = "\n".join(format_use(use))
         log.info("memory:\n%s\n  %d blocks of %d", lines, num_blocks, ready.kv.block_size)
+    rank.prepare()
     limits = _limits(config, ready, max_model_len)
     scheduler = Scheduler(
         limits,
@@ -102,25 +122,52 @@ def _limits(config: Config, ready: RankReady, max_model_len: int) -> SchedulerLi
 
 
 def warm_up(engine: Engine) -> None:
-    """Answer one short request, where one fits, so that the first user does not wait for what is
-    compiled or allocated on first use.
+    """Answer a short request, where one fits, and on a GPU, unless warmup is none, prompts of many
+    lengths and requests that ask for much, so that the first user does not wait for what is loaded
+    or allocated on first use.
 
     Raises  CheckpointError if its numbers are not finite.
     """
     if engine.max_model_len <= len(WARM_UP.prompt_ids):
         return
-    if FinishReason.ERROR in _answer_warm_up(engine):
-        part = first_broken(engine, lambda: _answer_warm_up(engine))
+    if FinishReason.ERROR in _answer(engine, [WARM_UP]):
+        part = first_broken(engine, lambda: _answer(engine, [WARM_UP]))
         where = "" if part is None else f", first in {part}"
         raise CheckpointError(
             f"{engine.model_name}: the model computes NaN or Inf{where}; "
             "another dtype may help, or the checkpoint is broken"
         )
+    if engine.on_gpu and engine.config.scheduling.warmup != "none":
+        for requests in _warm_ups(engine):
+            _answer(engine, requests)
 
 
-def _answer_warm_up(engine: Engine) -> set[FinishReason]:
-    """Why the answer ended."""
-    engine.submit(WARM_UP)
+def _warm_ups(engine: Engine) -> Iterator[list[Request]]:
+    """Requests that are answered together, batch after batch."""
+    scheduling = engine.config.scheduling
+    longest = engine.max_model_len - WARM_UP_TOKENS
+    rows = min(scheduling.max_num_batched_tokens, longest)
+    # The library's products are other kernels for other numbers of rows.
+    lengths = [n for n in (1 << i for i in range(rows.bit_length())) if n < rows] + [rows]
+    for length in lengths:
+        yield [_warm_up(f"of {length}", length, WARM_UP.sampling)]
+    # Several prompts that end in one step, and then a batch of decode rows.
+    several = min(scheduling.max_num_seqs, 8)
+    yield [_warm_up(f"{i} of several", rows // several, WARM_UP.sampling) for i in range(several)]
+    for i, asked in enumerate(WARM_UP_ASKED):
+        sampling = replace(asked, max_tokens=WARM_UP_TOKENS, ignore_eos=True, seed=0)
+        yield [_warm_up(f"{i} of what is asked", min(longest, 16), sampling)]
+
+
+def _warm_up(name: str, length: int, sampling: SamplingParams) -> Request:
+    """A request that shares no cached prompt with another."""
+    return Request(f"warm-up {name}", (0,) * max(length, 1), sampling, cache_salt=f"warm-up {name}")
+
+
+def _answer(engine: Engine, requests: list[Request]) -> set[FinishReason]:
+    """Why the answers ended."""
+    for request in requests:
+        engine.submit(request)
     reasons = set()
     while engine.has_work:
         reasons |= {event.reason for event in engine.step() if isinstance(event, Finished)}

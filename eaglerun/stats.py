@@ -4,7 +4,7 @@ AL = 1 + accepted / steps, where a step is one verify of at least one draft. The
 ``emitted = sampled by prefill + decode rows + accepted - trimmed`` is asserted at each commit.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from eaglerun.errors import EngineError
 from eaglerun.messages import MAX_DRAFT_TOKENS, SpeculationStats
@@ -113,14 +113,10 @@ class Builds:
 
     def since(self, then: "Builds") -> "Builds":
         """What was made after ``then``."""
-        return Builds(
-            kernels_compiled=self.kernels_compiled - then.kernels_compiled,
-            compile_s=self.compile_s - then.compile_s,
-            kernels_loaded=self.kernels_loaded - then.kernels_loaded,
-            load_s=self.load_s - then.load_s,
-            graphs_captured=self.graphs_captured - then.graphs_captured,
-            capture_s=self.capture_s - then.capture_s,
-        )
+        return Builds(*(a - b for a, b in zip(astuple(self), astuple(then), strict=True)))
+
+    def plus(self, other: "Builds") -> "Builds":
+        return Builds(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class AcceptanceLog:

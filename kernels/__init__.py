@@ -18,9 +18,10 @@ _force_reference = False
 class Op(Generic[P, R]):
     """A kernel bound to its reference.
 
-    Tensors on the CPU take the reference, tensors on a CUDA or HIP device the kernel. Nothing else
-    decides: a layout or dtype that the kernel cannot take is a ValueError, never a silent
-    fallback. The first argument of every op is a tensor, and it decides.
+    Tensors on the CPU take the reference, tensors on a CUDA or HIP device the kernel, and so do
+    those on "meta", whose launches are listed (ahead.py). Nothing else decides: a layout or dtype
+    that the kernel cannot take is a ValueError, never a silent fallback. The first argument of
+    every op is a tensor, and it decides.
     """
 
     def __init__(self, kernel: Callable[P, R], reference: Callable[P, R]) -> None:
@@ -30,8 +31,8 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else next(iter(kwargs.values()))
-        on_device = getattr(first, "is_cuda")  # noqa: B009  P.args knows no types
-        return (self.kernel if on_device and not _force_reference else self.reference)(
+        on_cpu = getattr(first, "is_cpu")  # noqa: B009  P.args knows no types
+        return (self.kernel if not on_cpu and not _force_reference else self.reference)(
             *args, **kwargs
         )
 

@@ -302,12 +302,12 @@ def overlapping(on: bool) -> Iterator[None]:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the table knows the device."""
-    return device.type == "cuda" and _name_of(device) in TABLE
+    return device.type == "cuda" and arch_of(device) in TABLE
 
 
 def can_be_invariant(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `invariant` makes rows of ``dtype`` there independent of their number."""
-    known = device.type == "cuda" and _name_of(device) in _CAN_BE_INVARIANT
+    known = device.type == "cuda" and arch_of(device) in _CAN_BE_INVARIANT
     return known and dtype == torch.bfloat16
 
 
@@ -418,7 +418,7 @@ def _arch_of(x: Tensor) -> str:
 def _arch(device: torch.device) -> str:
     if device.type != "cuda":
         raise ValueError(f"no kernels for {device}: a CPU tensor takes the reference")
-    arch = _name_of(device)
+    arch = arch_of(device)
     if arch not in TABLE:
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"no launch settings for {arch} ({name}); have {', '.join(TABLE)}")
@@ -426,7 +426,8 @@ def _arch(device: torch.device) -> str:
 
 
 @functools.cache
-def _name_of(device: torch.device) -> str:
+def arch_of(device: torch.device) -> str:
+    """The name of a GPU's architecture, as the table has it: sm_90, gfx942."""
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(found.gcnArchName.split(":")[0])

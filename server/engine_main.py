@@ -11,7 +11,7 @@ from eaglerun.start import start_engine, warm_up
 def make_engine(config: Config, progress: Callable[[str], None]) -> Served:
     """Load, size the KV cache, and warm up."""
     progress(f"Loading {config.model.model}" + _with_draft(config))
-    engine = start_engine(config, progress=None)
+    engine = start_engine(config, progress=None, served=True)
     num_blocks, block_size = engine.pool.num_blocks, engine.pool.block_size
     progress(
         f"KV cache: {num_blocks} blocks of {block_size} = {num_blocks * block_size} tokens, "

@@ -27,6 +27,8 @@ from eaglerun.stats import Builds, EngineStats
 log = logging.getLogger(__name__)
 
 BROKE = "the engine failed"
+# An engine without work is idle after so long: in a conversation the next request comes sooner.
+QUIET_S = 1.0
 NOT_STARTED, HTTP_ENDED, BROKEN_LINK = 2, 3, 4
 
 
@@ -42,6 +44,12 @@ class ServedEngine(Protocol):
 
     @property
     def builds(self) -> Builds: ...
+
+    @property
+    def idle_builds(self) -> Builds: ...
+
+    @property
+    def has_missed(self) -> bool: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -60,6 +68,8 @@ class ServedEngine(Protocol):
     def abort(self, request_id: str) -> bool: ...
 
     def step(self) -> list[Event]: ...
+
+    def make_missed(self) -> None: ...
 
     def close(self, message: str = ...) -> list[Event]: ...
 
@@ -163,8 +173,14 @@ class EngineLoop:
         try:
             while not self._stopped:
                 self._take_commands()
-                if self._engine.has_work and not self._stopped:
+                if self._stopped:
+                    break
+                if self._engine.has_work:
                     self._step()
+                elif self._engine.has_missed:
+                    # Nobody has asked for anything for QUIET_S; whoever does now waits for this.
+                    self._engine.make_missed()
+                    self._send([], self._totals())
         except (Hangup, BadFrame):
             raise
         except Exception:
@@ -173,8 +189,14 @@ class EngineLoop:
             raise
 
     def _take_commands(self) -> None:
-        """All commands that are there; the first is waited for if the engine is idle."""
-        command = self._link.receive(wait=not self._engine.has_work)
+        """All commands that are there; the first is waited for if the engine is idle, and if
+        it has something to make meanwhile, for QUIET_S."""
+        wait_s: float | None = None
+        if self._engine.has_work:
+            wait_s = 0
+        elif self._engine.has_missed:
+            wait_s = QUIET_S
+        command = self._link.receive(wait_s)
         accepted: list[str] = []
         refused: list[wire.Refused] = []
         while command is not None:
@@ -191,7 +213,7 @@ class EngineLoop:
                     self._stopped = True
                     self._send(self._engine.close(message), self._totals())
                     break
-            command = self._link.receive(wait=False)
+            command = self._link.receive(0)
         if accepted or refused:
             # Before the step, so that a client hears of a refusal at once.
             self._link.send(wire.Step(accepted=tuple(accepted), refused=tuple(refused)))
@@ -236,7 +258,8 @@ class EngineLoop:
             finished=dict(stats.finished),
             speculation=stats.acceptance.stats(),
             by_context={bucket: c.stats() for bucket, c in stats.by_context.items()},
-            builds=engine.builds,
+            builds=engine.builds.since(engine.idle_builds),
+            builds_idle=engine.idle_builds,
             builds_at_start=self._builds_at_start,
             num_running=engine.num_running,
             num_waiting=engine.num_waiting,

@@ -9,6 +9,7 @@ else that is done with it.
 import asyncio
 import contextlib
 import logging
+import select
 import socket
 import struct
 from collections.abc import Callable
@@ -191,11 +192,13 @@ class HttpLink:
         except ConnectionError:
             raise Hangup from None
 
-    def receive(self, wait: bool) -> wire.Command | None:
-        """The next command; None if there is none and none is waited for."""
+    def receive(self, wait_s: float | None) -> wire.Command | None:
+        """The next command, waited for so long, None: for ever. None if none came."""
         while (content := self._frames.take()) is None:
+            if wait_s:
+                select.select([self._socket], [], [], wait_s)
             try:
-                data = self._socket.recv(READ_BYTES, 0 if wait else socket.MSG_DONTWAIT)
+                data = self._socket.recv(READ_BYTES, 0 if wait_s is None else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return None
             except ConnectionError:

@@ -178,25 +178,30 @@ class Exposition(Collector):
         )
 
     def _builds(self, totals: Totals) -> Iterator[Metric]:
-        """``when``: start is before Ready, served in a step after it, for which users waited."""
-        both = (({"when": "start"}, totals.builds_at_start), ({"when": "served"}, totals.builds))
+        """``when``: start is before Ready, served in a step after it, for which users waited, and
+        idle after it while nobody asked for anything."""
+        times = (
+            ({"when": "start"}, totals.builds_at_start),
+            ({"when": "served"}, totals.builds),
+            ({"when": "idle"}, totals.builds_idle),
+        )
         for name, text, values in (
-            ("kernels_compiled", "Kernels compiled.", [b.kernels_compiled for _, b in both]),
-            ("kernel_compile_seconds", "Time in compiling them.", [b.compile_s for _, b in both]),
+            ("kernels_compiled", "Kernels compiled.", [b.kernels_compiled for _, b in times]),
+            ("kernel_compile_seconds", "Time in compiling them.", [b.compile_s for _, b in times]),
             (
                 "kernels_loaded",
                 "Kernels found in Triton's cache on disk.",
-                [b.kernels_loaded for _, b in both],
+                [b.kernels_loaded for _, b in times],
             ),
-            ("kernel_load_seconds", "Time in reading them there.", [b.load_s for _, b in both]),
-            ("graphs_captured", "Decode graphs captured.", [b.graphs_captured for _, b in both]),
+            ("kernel_load_seconds", "Time in reading them there.", [b.load_s for _, b in times]),
+            ("graphs_captured", "Decode graphs captured.", [b.graphs_captured for _, b in times]),
             (
                 "graph_capture_seconds",
                 "Time in capturing them, with the kernels made meanwhile.",
-                [b.capture_s for _, b in both],
+                [b.capture_s for _, b in times],
             ),
         ):
-            labelled = [(labels, n) for (labels, _), n in zip(both, values, strict=True)]
+            labelled = [(labels, n) for (labels, _), n in zip(times, values, strict=True)]
             yield from self._counter(name, text, labelled)
 
     def _speculation(self, stats: SpeculationStats) -> Iterator[Metric]:

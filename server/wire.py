@@ -85,6 +85,7 @@ class Totals(Struct, frozen=True):
     target_s, draft_s   of that, in the two models
     builds              kernels and graphs made in served steps, those after Ready
     builds_at_start     those made before
+    builds_idle         those made after Ready while there was nothing to do
     """
 
     steps: int = 0
@@ -102,6 +103,7 @@ class Totals(Struct, frozen=True):
     by_context: dict[int, SpeculationStats] = {}
     builds: Builds = Builds()
     builds_at_start: Builds = Builds()
+    builds_idle: Builds = Builds()
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
@@ -127,6 +129,7 @@ class Totals(Struct, frozen=True):
             },
             builds=self.builds.since(then.builds),
             builds_at_start=self.builds_at_start,
+            builds_idle=self.builds_idle.since(then.builds_idle),
             num_running=self.num_running,
             num_waiting=self.num_waiting,
             kv_usage=self.kv_usage,

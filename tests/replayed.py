@@ -23,8 +23,9 @@ class Replayed(Graphs):
         blank: Callable[[], AbstractContextManager[None]],
         max_bytes: int | None,
         progress: bool | None,
+        in_steps: bool,
     ) -> None:
-        super().__init__(device, enabled, blank, max_bytes, progress)
+        super().__init__(device, enabled, blank, max_bytes, progress, in_steps)
         self.enabled = True
 
     @property

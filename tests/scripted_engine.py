@@ -89,7 +89,8 @@ class ScriptedEngine:
         self._num_begun = 0
         self._pause_s = pause_ms / 1e3
         self.stats = EngineStats()
-        self.builds = Builds()
+        self.builds = self.idle_builds = Builds()
+        self.has_missed = False
         self._places = max_num_seqs
         self._num_accepted = num_accepted
         self._raise_at, self._hang_at, self._lose_rank_at = raise_at, hang_at, lose_rank_at
@@ -122,6 +123,9 @@ class ScriptedEngine:
         for answer in found:
             answer.aborted = True
         return bool(found)
+
+    def make_missed(self) -> None:
+        self.has_missed = False
 
     def step(self) -> list[Event]:
         if self.stats.steps == self._raise_at:

@@ -38,7 +38,7 @@ def main() -> int:
         models = dataclasses.replace(models, tokenizer=TOKENIZER, path=checkpoint)
         if flags.broken_layer is not None:
             models.target.layers[flags.broken_layer].self_attn.o_proj.weight.fill_(torch.nan)
-        engine = start_engine(config, models)
+        engine = start_engine(config, models, served=True)
         warm_up(engine)
         if flags.poison is not None:
             models.target.embed_tokens.weight[flags.poison] = torch.nan

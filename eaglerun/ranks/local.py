@@ -1,36 +1,51 @@
 """LocalRank: the one rank of an engine, in the engine's own process."""
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eaglerun.checkpoint.budget import MemoryUse, graph_outputs
+from eaglerun.checkpoint.draft import DraftSpec
+from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.config import Config
 from eaglerun.engine import Engine
 from eaglerun.errors import ConfigError, EngineError
 from eaglerun.kernels.compiling import compiles, watching_compiler
+from eaglerun.kernels.launch import arch_of
 from eaglerun.loader import (
     Models,
     cache_dtypes,
+    check_device,
     check_invariant,
+    choose_device,
+    choose_dtype,
     kv_budget_of,
     load_models,
     narrowest_kv,
+    read_checkpoints,
 )
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.plan.step import StepPlan
-from eaglerun.progress import counter
+from eaglerun.progress import counter, steps_bar
+from eaglerun.ranks.kernels import Compiling, KernelCache, load_all
 from eaglerun.ranks.rank import RankReady
 from eaglerun.run.decode import MAX_CAPTURED_ROWS
 from eaglerun.run.memory import CudaMemory, DeviceMemory, measure, rehearsing, weights_of
 from eaglerun.run.options import RunnerOptions
 from eaglerun.run.pending import PendingStep
+from eaglerun.run.programs import Launched
 from eaglerun.run.runner import Runner
 from eaglerun.speculative.verify import synthetic_rates
 from eaglerun.stats import Builds
+
+log = logging.getLogger("eaglerun")
 
 # Decode batch sizes that are captured as graphs, as far as max_num_seqs needs them.
 CAPTURED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -50,6 +65,9 @@ class LocalRank:
     """See Rank.
 
     models    already in memory; None: load() reads those that the config names
+    served    whether clients will wait for its steps: then, on a GPU, the config's warmup is made
+              before the first, and what is missed while there is nothing to do. Otherwise a step
+              makes what it is the first to need
     memory    the device's, from which the KV blocks are sized; None: the GPU's, and a CPU's is not
               measured
     progress  whether lines are drawn while weights are read, kernels compiled and graphs captured;
@@ -62,7 +80,9 @@ class LocalRank:
         models: Models | None = None,
         memory: DeviceMemory | None = None,
         progress: bool | None = False,
+        served: bool = False,
     ) -> None:
+        self._served = served and config.scheduling.warmup != "none"
         self._config = config
         self._models = models
         self._memory = memory
@@ -70,10 +90,19 @@ class LocalRank:
         self._loaded: _Loaded | None = None
         self._runner: Runner | None = None
         self._before = _kernels()
+        self._launched: Launched | None = None
+        # Kernels that others compiled for it, and what was made while there was nothing to do.
+        self._ahead = self._idle = Builds()
 
     def load(self) -> RankReady:
         config = self._config
-        models = self._models or load_models(config, self._progress)
+        compiling = self._begin_compiling()
+        try:
+            models = self._models or load_models(config, self._progress)
+        except BaseException:
+            if compiling is not None:
+                compiling.cancel()
+            raise
         self._models = None
         target = models.target
         draft = models.draft if config.speculation.num_draft_tokens else None
@@ -89,10 +118,12 @@ class LocalRank:
         specs = (target.spec, None if draft is None else draft.spec)
         kv = kv_budget_of(config, *specs, dtype)
         num_draft_tokens = config.speculation.num_draft_tokens if draft else 0
-        options = _options(
-            config, target, models.eos_token_ids, kv.block_size, num_draft_tokens, on_gpu
+        options = options_of(
+            config, target.spec, dtype, models.eos_token_ids, num_draft_tokens, on_gpu
         )
         self._loaded = _Loaded(target, draft, options, memory)
+        if compiling is not None:
+            self._load_kernels(compiling)
         return RankReady(
             model_name=models.name,
             path=models.path,
@@ -123,18 +154,58 @@ class LocalRank:
             num_blocks=num_blocks,
             max_model_len=max_model_len,
             graph_bytes=graph_bytes,
+            capture_in_steps=not self._served,
         )
         self._runner = Runner(loaded.target, loaded.draft, options, self._progress)
+
+    def prepare(self) -> None:
+        if not self._served:
+            return
+        if self._launched is not None:
+            # The KV memory may have made sequences shorter than they were thought to be.
+            limit = self.runner.options.max_model_len
+            final = replace(self._launched.options, max_model_len=limit)
+            if final != self._launched.options:
+                self._load_kernels(self._compiling(replace(self._launched, options=final)))
+        decode, begin = self.runner.decode, time.perf_counter()
+        if decode.graphs.enabled:
+            steps = list(decode.usual_steps(self._config.scheduling.warmup == "full"))
+            with steps_bar(self._progress, "capturing", "steps", len(steps)) as bar:
+                for step in steps:
+                    bar.set_postfix_str(f"{step.shape.batch} x {step.shape.rows} rows")
+                    self.runner.capture(step)
+                    bar.update()
+            log.info(
+                "graphs: %d of %d decode steps captured in %.1f s, %.2f GiB",
+                len(decode.graphs),
+                len(steps),
+                time.perf_counter() - begin,
+                decode.graphs.num_bytes / 2**30,
+            )
 
     def launch(self, plan: StepPlan) -> PendingStep:
         return self.runner.launch(plan)
 
+    @property
+    def has_missed(self) -> bool:
+        return self._runner is not None and self._runner.decode.missed() is not None
+
+    def make_missed(self) -> None:
+        if (step := self.runner.decode.missed()) is None:
+            return
+        before = self.builds()
+        self.runner.capture(step)
+        self._idle = self._idle.plus(self.builds().since(before))
+
     def builds(self) -> Builds:
-        made = _kernels().since(self._before)
+        made = _kernels().since(self._before).plus(self._ahead)
         if self._runner is None:
             return made
         graphs = self._runner.decode.graphs
         return replace(made, graphs_captured=len(graphs), capture_s=graphs.capture_s)
+
+    def idle_builds(self) -> Builds:
+        return self._idle
 
     def close(self) -> None:
         self._loaded = self._runner = None
@@ -145,6 +216,50 @@ class LocalRank:
         if self._runner is None:
             raise EngineError("the rank has no KV memory: it was not allocated, or was closed")
         return self._runner
+
+    def _begin_compiling(self) -> Compiling | None:
+        """Have the kernels compiled by others from now on, where they are wanted before the first
+        step."""
+        config, models = self._config, self._models
+        if models is not None:
+            weight = models.target.embed_tokens.weight
+            device, dtype = weight.device, weight.dtype
+        else:
+            device = choose_device(config.model.device)
+        if not self._served or device.type != "cuda":
+            return None
+        check_device(device)
+        arch = arch_of(device)
+        if models is not None:
+            draft = models.draft.spec if models.draft and config.num_draft_tokens else None
+            self._launched = launched_by(config, models.target.spec, draft, dtype, arch)
+        else:
+            found = read_checkpoints(config)
+            dtype = choose_dtype(config.model.dtype, found.target.dtype, device)
+            self._launched = launched_by(config, found.target, found.draft, dtype, arch)
+        return self._compiling(self._launched)
+
+    def _compiling(self, launched: Launched) -> Compiling:
+        directory = self._config.scheduling.kernel_cache_dir
+        return Compiling(KernelCache(None if directory is None else Path(directory)), launched)
+
+    def _load_kernels(self, compiling: Compiling) -> None:
+        """Wait until they are compiled, and bring them onto the device."""
+        begin = time.perf_counter()
+        compiled = compiling.finish(self._progress)
+        done = time.perf_counter()
+        if not compiled.known:
+            count = Builds(kernels_compiled=len(compiled.programs), compile_s=done - begin)
+            self._ahead = self._ahead.plus(count)
+        load_all(compiled.programs, self._progress)
+        log.info(
+            "kernels: %d, %s; loaded in %.1f s; %s holds %.0f MiB",
+            len(compiled.programs),
+            "found compiled" if compiled.known else f"compiled, waited for {done - begin:.1f} s",
+            time.perf_counter() - done,
+            compiling.cache.directory,
+            compiling.cache.num_bytes() / 2**20,
+        )
 
     def _known(self) -> _Loaded:
         if self._loaded is None:
@@ -187,11 +302,21 @@ def first_broken(engine: Engine, run: Callable[[], object]) -> str | None:
     return found[0] if found else None
 
 
-def _options(
+def launched_by(
+    config: Config, target: TargetSpec, draft: DraftSpec | None, dtype: torch.dtype, arch: str
+) -> Launched:
+    """What decides which kernels a rank with these models launches."""
+    num_draft_tokens = config.speculation.num_draft_tokens if draft else 0
+    options = options_of(config, target, dtype, target.eos_token_ids, num_draft_tokens, True)
+    taps = config.output.aux_layers if draft is None else draft.taps
+    return Launched(target, draft, tuple(taps), options, dtype, arch)
+
+
+def options_of(
     config: Config,
-    target: MiniMaxM3,
+    target: TargetSpec,
+    dtype: torch.dtype,
     eos_token_ids: tuple[int, ...],
-    block_size: int,
     num_draft_tokens: int,
     on_gpu: bool,
 ) -> RunnerOptions:
@@ -203,14 +328,14 @@ def _options(
         sizes += (scheduling.max_num_seqs,)
     widest = max((scheduling.max_num_seqs, *sizes)) * (num_draft_tokens + 1)
     length = config.synthetic_length
-    kv_dtype, index_dtype = cache_dtypes(config, target.embed_tokens.weight.dtype)
+    kv_dtype, index_dtype = cache_dtypes(config, dtype)
     return RunnerOptions(
         num_slots=scheduling.max_num_seqs,
         num_blocks=1,
-        block_size=block_size,
+        block_size=config.cache.block_size or target.sparse_block_size,
         kv_dtype=kv_dtype,
         index_dtype=index_dtype,
-        max_model_len=config.longest(target.spec.max_position_embeddings),
+        max_model_len=config.longest(target.max_position_embeddings),
         max_rows=max(scheduling.max_num_batched_tokens, widest),
         num_draft_tokens=num_draft_tokens,
         eos_token_ids=eos_token_ids,
@@ -220,6 +345,7 @@ def _options(
         processed_logprobs=config.output.logprobs_mode == "processed",
         decode_batch_sizes=sizes,
         capture=not scheduling.enforce_eager,
+        capture_in_steps=True,
         overlap_kernels=scheduling.overlap_kernels,
         batch_invariant=scheduling.batch_invariant,
         graph_bytes=None,

@@ -76,11 +76,25 @@ class Rank(Protocol):
         """Make the KV memory and the state of the slots. ``graph_bytes``: what captured graphs may
         hold; None: as much as they like."""
 
+    def prepare(self) -> None:
+        """Make what steps would otherwise make when they first need it, as far as the settings
+        want that done before the first."""
+
     def launch(self, plan: StepPlan) -> Pending:
         """Run one step, without waiting for it. Plans come in the order they were made."""
 
+    @property
+    def has_missed(self) -> bool:
+        """Whether steps did without something that can be made for the next ones."""
+
+    def make_missed(self) -> None:
+        """Make one such thing. No step may be in flight."""
+
     def builds(self) -> Builds:
         """Kernels and graphs that it has made. Reads counts, and may be called at any time."""
+
+    def idle_builds(self) -> Builds:
+        """Those of builds() that make_missed() made."""
 
     def close(self) -> None:
         """Let go of the models and of all memory. Nothing is launched any more."""

@@ -8,9 +8,15 @@
 The first three are of a K_in (num_drafts), the last of a K_out (num_propose): what it reads lies at
 addresses that depend on the batch size alone. So the graphs of all K are a sum and no product.
 Without a draft there are two moves.
+
+Where a step may not capture, it runs as the smallest larger one that is captured: with more
+sequences and rows of padding, or a higher bound of keys. Where there is none it runs uncaptured,
+and either way its own moves are captured once there is nothing to do.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +36,34 @@ from eaglerun.staging import to_host
 
 # Above so many verify rows launches are cheap beside the work, and graphs only cost memory.
 MAX_CAPTURED_ROWS = 512
+
+
+class Shape(NamedTuple):
+    """The size of a decode step: so many sequences, rows of each (num_drafts + 1), and an upper
+    bound of the keys that a row sees."""
+
+    batch: int
+    rows: int
+    bound: int
+
+    def holds(self, other: "Shape") -> bool:
+        return self.batch >= other.batch and self.rows >= other.rows and self.bound >= other.bound
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        return self.batch * self.rows, self.bound
+
+
+class Wanted(NamedTuple):
+    """A decode step whose moves are to be captured.
+
+    features     of its sequences' sampling
+    num_propose  drafts that it makes of each sequence at most
+    """
+
+    shape: Shape
+    features: Features
+    num_propose: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,41 +92,137 @@ class Decode:
             parts.device,
         )
         self.graphs = Graphs(
-            parts.device, options.capture, self.buffers.blank, options.graph_bytes, progress
+            parts.device,
+            options.capture,
+            self.buffers.blank,
+            options.graph_bytes,
+            progress,
+            options.capture_in_steps,
         )
+        # Whose target is captured, and what steps missed, in the order in which they came.
+        self._captured: list[Shape] = []
+        self._missed: dict[Wanted, None] = {}
 
     def run(self, plan: StepPlan, aux: list[AuxRows], clock: Clock) -> Decoded:
         """``aux`` takes the captured hidden states, where they are kept."""
-        parts, rows, buffers, graphs = self._parts, plan.decode, self.buffers, self.graphs
-        B, Q = self._batch_size(len(rows)), plan.num_drafts + 1
-        buffers.fill(rows, B)
+        parts, rows, buffers = self._parts, plan.decode, self.buffers
         bound = self._key_bound(max(row.max_len + row.num_drafts for row in rows))
+        own = Shape(self._batch_size(len(rows)), plan.num_drafts + 1, bound)
         features = parts.state.sampling.features([row.slot_id for row in rows])
-        capture = B * Q <= MAX_CAPTURED_ROWS
-        shape = (B, Q, bound)
+        shape = self._runs_as(own)
+        self._note(Wanted(own, features, plan.num_propose))
+        buffers.fill(rows, shape.batch)
         clock.start()
-        forward = graphs.run(("target", *shape), lambda: self._target(B, Q, bound), capture)
-        final = graphs.run(
-            ("accept", *shape, features), lambda: self._accept(forward, features), capture
-        )
+        forward, final = self._judge(shape, features)
         clock.target_done()
         if parts.options.keep_aux and parts.aux is not None:
             self._keep_aux(plan, forward.positions, parts.aux, aux)
-        if (drafter := parts.drafter) is not None:
-            proposes = plan.num_propose > 0
-            newest = graphs.run(
-                ("fill", *shape, proposes), lambda: self._fill(drafter, forward, proposes), capture
-            )
-            if proposes:
-                self._run_propose(drafter, plan, newest, bound, features, capture)
+        self._draft(shape, features, plan.num_propose, forward)
         clock.draft_done()
         logprobs = None
         if plan.num_logprobs >= 0:
             chosen = final if parts.options.processed_logprobs else forward.logits
-            flat = chosen[: len(rows)].flatten(0, 1)
-            tokens = buffers.emitted.tokens[: len(rows), :Q].flatten()
+            flat = chosen[: len(rows), : own.rows].flatten(0, 1)
+            tokens = buffers.emitted.tokens[: len(rows), : own.rows].flatten()
             logprobs = logprobs_of(flat, tokens, plan.num_logprobs).leaving()
         return Decoded(*buffers.results(), logprobs)
+
+    def capture(self, wanted: Wanted) -> None:
+        """Capture the moves of a step that are not captured yet. No step may be in flight."""
+        shape, features, count = wanted
+        self._missed.pop(wanted, None)
+        if not self.graphs.enabled or not _is_captured(shape):
+            return
+        self.buffers.fill((), shape.batch)
+        with self.graphs.capturing():
+            forward, _ = self._judge(shape, features)
+            self._draft(shape, features, count, forward)
+        if ("target", *shape) in self.graphs and shape not in self._captured:
+            self._captured.append(shape)
+
+    def missed(self) -> Wanted | None:
+        """The next step to capture() while there is nothing to do."""
+        if self.graphs.full:
+            self._missed.clear()
+        return next(iter(self._missed), None)
+
+    def usual_steps(self, every_draft_length: bool) -> Iterable[Wanted]:
+        """The steps to capture before the first, the largest first: each batch size, greedy or
+        sampled, with all drafts or also with fewer."""
+        parts, most = self._parts, self._parts.options.num_draft_tokens
+        drafts = parts.drafter is not None
+        sampled = Features(
+            bias=False, penalties=False, min_tokens=False, sampled=True, min_p=False, ranked=False
+        )
+        for batch in sorted(parts.options.decode_batch_sizes, reverse=True):
+            for count in range(most, -1 if every_draft_length else most - 1, -1):
+                for bound in sorted({self._key_bound(1), parts.options.max_model_len}):
+                    shape = Shape(batch, count + 1, bound)
+                    made = range(most, -1 if every_draft_length else most - 1, -1)
+                    for features in (Features.of([]), sampled, replace(sampled, ranked=True)):
+                        for num_propose in made if drafts else (0,):
+                            yield Wanted(shape, features, num_propose)
+
+    def _runs_as(self, own: Shape) -> Shape:
+        """The shape that a step of shape ``own`` takes."""
+        graphs = self.graphs
+        if not graphs.enabled or graphs.in_steps or ("target", *own) in graphs:
+            return own
+        larger = (shape for shape in self._captured if shape.holds(own))
+        return min(larger, key=lambda shape: shape.cost, default=own)
+
+    def _note(self, step: Wanted) -> None:
+        """Remember a step if a move of it is not captured: for when there is nothing to do."""
+        graphs = self.graphs
+        if not graphs.enabled or graphs.in_steps or graphs.full or not _is_captured(step.shape):
+            return
+        if not all(key in graphs for key in self._keys(step)):
+            self._missed.setdefault(step)
+
+    def _keys(self, step: Wanted) -> list[tuple[object, ...]]:
+        """Those of all its moves."""
+        shape, features, count = step
+        keys: list[tuple[object, ...]] = [("target", *shape), ("accept", *shape, features)]
+        if (drafter := self._parts.drafter) is not None:
+            keys.append(("fill", *shape, count > 0))
+            if count:
+                keys.append(_propose_key(shape, count, drafter.sampling(features)))
+        return keys
+
+    def _judge(self, shape: Shape, features: Features) -> tuple[_Forward, Tensor]:
+        """Target and accept; what they leave for others, and what the tokens were chosen from."""
+        capture = _is_captured(shape)
+        forward = self.graphs.run(("target", *shape), lambda: self._target(*shape), capture)
+        final = self.graphs.run(
+            ("accept", *shape, features), lambda: self._accept(forward, features), capture
+        )
+        return forward, final
+
+    def _draft(self, shape: Shape, features: Features, count: int, forward: _Forward) -> None:
+        """Fill and propose, where there is a draft."""
+        drafter, graphs = self._parts.drafter, self.graphs
+        if drafter is None:
+            return
+        capture = _is_captured(shape)
+        proposes = count > 0
+        if not graphs.captures and ("fill", *shape, proposes) not in graphs:
+            # Who drafts nothing can be filled by the graph of those who do.
+            proposes = proposes or ("fill", *shape, True) in graphs
+        newest = graphs.run(
+            ("fill", *shape, proposes), lambda: self._fill(drafter, forward, proposes), capture
+        )
+        if not count:
+            return
+        sampled = drafter.sampling(features)
+        if not graphs.captures and _propose_key(shape, count, sampled) not in graphs:
+            most = range(count, self._parts.options.num_draft_tokens + 1)
+            found = (n for n in most if _propose_key(shape, n, sampled) in graphs)
+            count = next(found, count)
+        graphs.run(
+            _propose_key(shape, count, sampled),
+            lambda: self._propose(drafter, newest, shape.bound, count, features),
+            capture,
+        )
 
     def _target(self, B: int, Q: int, max_seq_len: int) -> _Forward:
         """Rows [last token, drafts] of each sequence through the target, aux captured."""
@@ -143,27 +273,16 @@ class Decode:
         )
         return drafter.fill(filled, proposes)
 
-    def _run_propose(
-        self,
-        drafter: Drafter,
-        plan: StepPlan,
-        newest: Newest,
-        bound: int,
-        features: Features,
-        capture: bool,
+    def _propose(
+        self, drafter: Drafter, newest: Newest, bound: int, count: int, features: Features
     ) -> None:
         """Draft after the newest token of each sequence, and remember the drafts by slot."""
-        parts, buffers, count = self._parts, self.buffers, plan.num_propose
-
-        def propose() -> None:
-            asked = Asked(newest, buffers.num_propose, buffers.block_table, bound + 1)
-            rows = parts.state.sampling.rows(buffers.slots, features)
-            drafts = drafter.propose(asked, count, rows)
-            drafts = parts.judge.drafted(drafts, buffers.slots, newest.positions)
-            parts.state.draft_tokens[buffers.slots, :count] = buffers.drafts[:, :count] = drafts
-
-        sampled = drafter.sampling(features)
-        self.graphs.run(("propose", len(buffers.slots), bound, count, sampled), propose, capture)
+        parts, buffers = self._parts, self.buffers
+        asked = Asked(newest, buffers.num_propose, buffers.block_table, bound + 1)
+        rows = parts.state.sampling.rows(buffers.slots, features)
+        drafts = drafter.propose(asked, count, rows)
+        drafts = parts.judge.drafted(drafts, buffers.slots, newest.positions)
+        parts.state.draft_tokens[buffers.slots, :count] = buffers.drafts[:, :count] = drafts
 
     def _batch_size(self, num_rows: int) -> int:
         """The smallest decode batch size that holds the rows; their own number if none does."""
@@ -190,3 +309,11 @@ class Decode:
         for b, row in enumerate(plan.decode):
             hidden = aux[:, b * Q : b * Q + row.num_drafts + 1].clone()
             kept.append(AuxRows(row.slot_id, -1, hidden, arriving=starts[b]))
+
+
+def _is_captured(shape: Shape) -> bool:
+    return shape.batch * shape.rows <= MAX_CAPTURED_ROWS
+
+
+def _propose_key(shape: Shape, count: int, sampled: Features | None) -> tuple[object, ...]:
+    return ("propose", shape.batch, shape.bound, count, sampled)

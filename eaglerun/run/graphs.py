@@ -1,15 +1,16 @@
 """Capture and replay of the decode moves on a GPU.
 
-A move is a function of fixed-address tensors that launches kernels and waits for nothing. The first
-run of a key is captured, which waits for the device; later ones replay it. On a CPU, or with
-enforce_eager, a move just runs. What a move returns are the same tensors at every replay,
-overwritten.
+A move is a function of fixed-address tensors that launches kernels and waits for nothing. Capturing
+one waits for the device; from then on it is replayed. Either the first run of a key captures it,
+or, where others would wait for that, it just runs, and is captured before the first step or while
+there is nothing to do. On a CPU, or with enforce_eager, a move always just runs. What a move
+returns are the same tensors at every replay, overwritten.
 """
 
 import logging
 import time
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -30,12 +31,15 @@ class Graphs:
     ``blank`` replaces a step's inputs by padding for as long as it is entered: a move runs once
     before it is recorded, to load modules and fill caches, and that run must touch no sequence.
 
+    ``in_steps``: whether the first run of a key captures it; otherwise moves are captured inside
+    capturing() alone. ``captures``: whether one is now.
+
     Once the captured moves hold ``max_bytes``, others run uncaptured; ``num_refused`` counts how
     often. From then on nothing is captured, so that no graph reads what an uncaptured move made.
 
     ``capture_s`` are the seconds that all captures took.
 
-    ``progress`` draws a line for as long as a move is captured.
+    ``progress`` draws a line for as long as a move is captured in a step.
     """
 
     def __init__(
@@ -45,7 +49,11 @@ class Graphs:
         blank: Callable[[], AbstractContextManager[None]],
         max_bytes: int | None,
         progress: bool | None = False,
+        in_steps: bool = True,
     ) -> None:
+        self.in_steps = in_steps
+        self.captures = in_steps
+        self._replays = True
         self.enabled = enabled and device.type == "cuda"
         self.num_bytes = 0
         self.num_refused = 0
@@ -60,6 +68,24 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captured)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._captured
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more is captured."""
+        return self.max_bytes is not None and self.num_bytes >= self.max_bytes
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Capture the first run of a key while entered, and replay nothing."""
+        before = self.captures, self._replays
+        self.captures, self._replays = True, False
+        try:
+            yield
+        finally:
+            self.captures, self._replays = before
+
     def run(self, key: Hashable, move: Callable[[], T], capture: bool = True) -> T:
         """Run ``move``; where ``capture`` allows it, through the graph of ``key``.
 
@@ -69,7 +95,9 @@ class Graphs:
             return move()
         found = self._captured.get(key)
         if found is None:
-            if self.max_bytes is not None and self.num_bytes >= self.max_bytes:
+            if not self.captures:
+                return move()
+            if self.full:
                 if not self.num_refused:
                     log.warning(
                         "%d graphs hold %.2f GiB, all that was set aside: %s and what else comes "
@@ -87,7 +115,8 @@ class Graphs:
                 self.capture_s += time.perf_counter() - begin
                 line.update()
         graph, output = found
-        graph.replay()
+        if self._replays:
+            graph.replay()
         result: T = output
         return result
 
@@ -115,7 +144,7 @@ class Graphs:
                 output = move()
         self._captured[key] = (graph, output)
         self.num_bytes += max(torch.cuda.memory_reserved() - held, 0)
-        log.info(
+        log.debug(
             "captured %s in %.2f s, %.2f GiB in all",
             key,
             time.perf_counter() - begin,

@@ -13,6 +13,8 @@ class RunnerOptions:
     max_rows        rows of the largest forward
     synthetic       conditional acceptance rates by position; empty: judge by the target
     keep_aux        hand the captured hidden states out with each result
+    capture         decode moves as graphs, on a GPU
+    capture_in_steps  where a step first needs them; else before the first and while idle
     graph_bytes     captured moves may hold so much; None: as much as they like
     """
 
@@ -31,6 +33,7 @@ class RunnerOptions:
     processed_logprobs: bool
     decode_batch_sizes: tuple[int, ...]
     capture: bool
+    capture_in_steps: bool
     graph_bytes: int | None
     overlap_kernels: bool
     batch_invariant: bool

@@ -15,7 +15,7 @@ from eaglerun.models.attention import KVRegion, TargetKV
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.plan.step import StepPlan
-from eaglerun.run.decode import Decode
+from eaglerun.run.decode import Decode, Wanted
 from eaglerun.run.options import RunnerOptions
 from eaglerun.run.parts import Parts
 from eaglerun.run.pending import AuxRows, Clock, PendingStep
@@ -96,6 +96,12 @@ class Runner:
         """Run one step. Plans must come in the order they were made."""
         with overlapping(self.options.overlap_kernels):
             return self._launch(plan)
+
+    @torch.inference_mode()
+    def capture(self, step: Wanted) -> None:
+        """Capture the moves of a decode step, with padding in them. No step may be in flight."""
+        with overlapping(self.options.overlap_kernels):
+            self.decode.capture(step)
 
     def _launch(self, plan: StepPlan) -> PendingStep:
         self.plan = plan

@@ -27,7 +27,13 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
 PROMPT = tuple(range(3, 25))
 
 
-def make(k: int = 3, ks: tuple[int, ...] = (), draft: bool = True, **settings: object) -> Engine:
+def make(
+    k: int = 3,
+    ks: tuple[int, ...] = (),
+    draft: bool = True,
+    served: bool = False,
+    **settings: object,
+) -> Engine:
     models = pair(0, 4, torch.float64)
     config = {
         "draft": "tiny" if draft else None,
@@ -41,7 +47,10 @@ def make(k: int = 3, ks: tuple[int, ...] = (), draft: bool = True, **settings: o
     }
     policy = ScriptedDraftLength(ks) if ks else None
     return start_engine(
-        resolve(config, environ={}), models if draft else without_draft(models), policy
+        resolve(config, environ={}),
+        models if draft else without_draft(models),
+        policy,
+        served=served,
     )
 
 

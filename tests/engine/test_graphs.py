@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.test_engine import make
+from engine.test_engine import answer, make
 from replayed import Replayed
 
 from eaglerun.engine import Engine
-from eaglerun.errors import RankFailed
+from eaglerun.errors import EngineError, RankFailed
 from eaglerun.llm import LLM
-from eaglerun.messages import SamplingParams
+from eaglerun.messages import Request, SamplingParams
 from eaglerun.plan.step import StepPlan, StepResult
 from eaglerun.ranks.local import runner_of
 from eaglerun.run.graphs import Graphs
@@ -157,6 +157,64 @@ def test_a_replay_computes_what_the_move_computes_whatever_k_came_before(
         sampled = {key[-1] for key in keys} if move == "propose" else {None}
         assert 0 < len(keys) <= 4 * 2 * others * len(sampled)
     assert {key[0] for key in graphs.keys} == {"target", "accept", "fill", "propose"}
+
+
+@pytest.mark.parametrize("warmup", ["common", "full"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"verification": "rejection", "draft_sampling": "probabilistic"}],
+    ids=["", "probabilistic"],
+)
+def test_a_served_engine_captures_before_its_first_step_and_while_idle(
+    settings: dict[str, str], warmup: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Steps with fewer drafts, sequences or keys than what is captured run as that, and compute the
+    same; for the next ones their own graphs are made once there is nothing to do."""
+    settings = {"decode_batch_sizes": (2, 4), "max_num_seqs": 4, "lag": 0, **settings}
+    plain = steps(make(k=3, ks=KS, **settings))
+    monkeypatch.setattr("eaglerun.run.decode.Graphs", Replayed)
+    engine = make(k=3, ks=KS, served=True, warmup=warmup, **settings)
+    graphs = runner_of(engine).decode.graphs
+    at_start = engine.builds
+    assert at_start.graphs_captured == len(graphs) > 0
+    assert isinstance(graphs, Replayed)
+    begun = graphs.keys
+    assert steps(engine) == plain
+    assert begun == graphs.keys and engine.builds == at_start
+    # All but the number of drafts was captured, or also that.
+    assert engine.has_missed == (warmup == "common")
+    while engine.has_missed:
+        engine.make_missed()
+    made = len(graphs) - len(begun)
+    assert engine.idle_builds.graphs_captured == made and (made > 0) == (warmup == "common")
+    assert engine.builds.since(at_start) == engine.idle_builds
+    greedy = SamplingParams(temperature=0.0, max_tokens=20)
+    assert answer(engine, greedy).token_ids == answer(make(draft=False), greedy).token_ids
+
+
+def test_what_was_missed_is_not_made_while_there_is_work(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("eaglerun.run.decode.Graphs", Replayed)
+    engine = make(k=3, served=True, decode_batch_sizes=(2,))
+    engine.submit(Request("a", (3, 4), SamplingParams(max_tokens=2)))
+    with pytest.raises(EngineError, match="while there is no work"):
+        engine.make_missed()
+
+
+def test_without_warmup_a_step_captures_what_it_first_needs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("eaglerun.run.decode.Graphs", Replayed)
+    engine = make(k=3, served=True, warmup="none", decode_batch_sizes=(2,))
+    assert engine.builds.graphs_captured == 0
+    answer(engine, SamplingParams(temperature=0.0, max_tokens=9))
+    assert engine.builds.graphs_captured > 0 and not engine.has_missed
+
+
+def test_no_graph_is_missed_once_no_memory_is_left_for_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("eaglerun.run.decode.Graphs", Replayed)
+    engine = make(k=3, served=True, decode_batch_sizes=(2,))
+    graphs = runner_of(engine).decode.graphs
+    graphs.max_bytes = graphs.num_bytes
+    answer(engine, SamplingParams(temperature=0.0, max_tokens=9, presence_penalty=0.5))
+    assert not engine.has_missed
 
 
 def test_without_a_draft_two_moves_run(monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ def test_an_http_process_that_hangs_does_not_hold_the_engine(monkeypatch: pytest
         with pytest.raises(Hangup, match="it took nothing for 0.05 s"):
             for _ in range(1000):
                 end.send(report)
-        assert end.receive(wait=False) is None
+        assert end.receive(0) is None
         end.close()
 
 
@@ -29,5 +29,5 @@ def test_an_http_process_that_ended_is_noticed():
     with pytest.raises(Hangup, match="^$"):
         end.send(wire.Loading("x"))
     with pytest.raises(Hangup, match="^$"):
-        end.receive(wait=True)
+        end.receive(None)
     end.close()

@@ -1,0 +1,232 @@
+"""Kernels before they are asked for: which programs launches need, compiled by other processes, and
+brought onto the device.
+
+A program is a kernel for one set of constants, argument types and alignments: what Triton compiles
+once, and otherwise in the middle of a launch. Recording and compiling need no GPU. Triton's own
+cache on disk holds the results, in files that are keyed by all that goes into them.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from eaglerun.kernels.language import INSTALLED
+
+if INSTALLED:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+
+class Program(NamedTuple):
+    """A kernel by the name it is imported by, and what Triton calls its specialization data."""
+
+    module: str
+    kernel: str
+    data: str
+
+
+def target_of(arch: str) -> Any:
+    """Triton's target for a row of the launch table: sm_90, gfx942, gfx950."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+class _NoDevice:
+    """As much of a Triton driver as choosing and compiling a program asks for."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+
+def choose_target(arch: str) -> None:
+    """Compile for ``arch`` from here on, whatever devices there are; this process can launch
+    nothing any more."""
+    driver.set_active(_NoDevice(target_of(arch)))
+
+
+class _Placed:
+    """A tensor without memory, at the address that it would have in memory that begins at 0."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._address = int(tensor.storage_offset()) * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _placed(value: Any) -> Any:
+    return _Placed(value) if isinstance(value, torch.Tensor) else value
+
+
+@contextlib.contextmanager
+def recording(arch: str) -> Iterator[list[Program]]:
+    """Launch nothing; list the programs that the launches on meta tensors would need on ``arch``.
+
+    For a process of its own: it can launch nothing any more.
+    """
+    programs: list[Program] = []
+
+    def note(*, key: Any, fn: Any, compile: Any, **about: Any) -> bool:
+        data = compile["specialization_data"]
+        name = fn.jit_function.fn.__qualname__
+        programs.append(Program(fn.module, name, data))
+        # Known from here on: Triton asks only once for each.
+        fn.jit_function.device_caches[0][0][key] = object()
+        # Neither compile nor launch it.
+        return True
+
+    run = JITFunction.run
+
+    def choose(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        run(kernel, *map(_placed, args), grid=grid, warmup=True, **kwargs)
+
+    before = triton.knobs.runtime.jit_cache_hook
+    choose_target(arch)
+    triton.knobs.runtime.jit_cache_hook = note
+    JITFunction.run = choose
+    try:
+        yield programs
+    finally:
+        JITFunction.run = run
+        triton.knobs.runtime.jit_cache_hook = before
+
+
+def compile_programs(
+    programs: Sequence[Program],
+    arch: str,
+    directory: Path,
+    num_processes: int,
+    told: Callable[[str], None],
+) -> list[str]:
+    """Compile all, each in one of so many processes, into Triton's cache in ``directory``; what is
+    there already is only looked up. ``told`` hears each kernel's name as it is done.
+
+    Returns what did not compile, a line each.
+    """
+    waiting = list(reversed(programs))
+    failed: list[str] = []
+    lock = threading.Lock()
+
+    def serve() -> None:
+        with _compiler(arch, directory) as process:
+            assert process.stdin is not None and process.stdout is not None
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    program = waiting.pop()
+                process.stdin.write(json.dumps(program) + "\n")
+                process.stdin.flush()
+                error = json.loads(process.stdout.readline() or '"the compiler ended"')
+                with lock:
+                    if error:
+                        failed.append(f"{program.kernel}: {error}")
+                    told(program.kernel)
+                if process.poll() is not None:
+                    return
+
+    threads = [threading.Thread(target=serve) for _ in range(min(num_processes, len(programs)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failed += [f"{program.kernel}: no compiler was left to compile it" for program in waiting]
+    return failed
+
+
+@contextlib.contextmanager
+def _compiler(arch: str, directory: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process of _main. It must see no GPU, of which it would take memory."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eaglerun.kernels.ahead", arch],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=compiler_environment(directory),
+    )
+    try:
+        yield process
+    finally:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+def compiler_environment(directory: Path | None = None) -> dict[str, str]:
+    """The environment of a process that compiles, into ``directory`` where one is given."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Imports find what they find here, and one compiler is one thread.
+    kept |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    kept |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if directory is not None:
+        kept["TRITON_CACHE_DIR"] = str(directory)
+    return kept
+
+
+def _kernel_of(program: Program) -> Any:
+    return getattr(importlib.import_module(program.module), program.kernel)
+
+
+def load_programs(programs: Sequence[Program], told: Callable[[str], None]) -> None:
+    """Bring all onto the current device, where launches then find them: from Triton's cache, or
+    compiled here where that has lost one."""
+    for program in programs:
+        made = _kernel_of(program).preload(program.data)
+        # Triton would load the code at the first launch.
+        if made.module is None:
+            made._init_handles()
+        told(program.kernel)
+
+
+def cache_directory() -> Path:
+    """Where Triton keeps what it compiles."""
+    return Path(triton.knobs.cache.dir)
+
+
+def use_cache_directory(directory: Path) -> None:
+    triton.knobs.cache.dir = str(directory)
+
+
+def _main(arch: str) -> None:
+    """Compile each program that comes in, a line of JSON; answer null, or what went wrong."""
+    # Triton and ptxas may print; the answers go where nobody else writes.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    choose_target(arch)
+    for line in sys.stdin:
+        program = Program(*json.loads(line))
+        error = None
+        try:
+            _kernel_of(program).preload(program.data)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1:]}"
+        answers.write(json.dumps(error) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
