@@ -11,7 +11,7 @@ from eaglerun.kernels.reference import accept as reference
 from eaglerun.kernels.rows import BySlot, Emitted
 
 
-@jit
+@jit(varying=("targets_row", "values_row", "matches_row", "K"))
 def _accept_kernel(
     targets_ptr,
     values_ptr,
@@ -49,7 +49,7 @@ def _accept_kernel(
     tl.store(broken_ptr + b, tl.max(tl.where(finite, 0, 1), axis=0).to(tl.int64))
 
 
-@jit
+@jit(varying=("rows",))
 def _move_on_kernel(
     emitted_ptr,
     accepted_ptr,
@@ -86,7 +86,7 @@ def _move_on_kernel(
     tl.store(kept_broken_ptr + b * kept_broken_step, tl.load(broken_ptr + b))
 
 
-@jit
+@jit(varying=("source_row", "width", "count"))
 def _window_kernel(
     source_ptr, slots_ptr, start_ptr, out_ptr, source_row, slots_step, width, count,
     BLOCK: tl.constexpr,

@@ -118,7 +118,7 @@ def _walk(
     return acc, top, total
 
 
-@jit
+@jit(varying=("table_row", "rows_per_seq"))
 def _attention_kernel(
     q_ptr,
     k_ptr,
@@ -215,7 +215,7 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-@jit
+@jit(varying=("rows_per_seq",))
 def merge_kernel(
     part_ptr,
     lse_ptr,

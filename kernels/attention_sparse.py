@@ -70,7 +70,7 @@ def _walk(
     return acc, top, total
 
 
-@jit
+@jit(varying=("table_row", "rows_per_seq"))
 def _attention_sparse_kernel(
     q_ptr,
     k_ptr,
@@ -156,7 +156,7 @@ def _attention_sparse_kernel(
     )  # fmt: skip
 
 
-@jit
+@jit(varying=("tiles",))
 def _union_kernel(
     ids_ptr,
     cu_seqlens_ptr,
@@ -202,7 +202,7 @@ def _union_kernel(
     tl.store(count_ptr + where, tl.sum(kept.to(tl.int32), axis=0))
 
 
-@jit
+@jit(varying=("table_row", "tiles"))
 def _attention_union_kernel(
     q_ptr,
     k_ptr,

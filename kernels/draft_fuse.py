@@ -11,7 +11,7 @@ from eaglerun.kernels.reference import draft_fuse as reference
 from eaglerun.kernels.rmsnorm import MAX_ROW, rmsnorm
 
 
-@jit
+@jit(varying=("ids_ptr", "ids_step"))
 def _embed_dual_rmsnorm_kernel(
     ids_ptr,
     table_ptr,

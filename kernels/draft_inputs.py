@@ -19,7 +19,7 @@ def _slots(positions, live, b, table_ptr, table_row, block_size):
     return tl.where(live, block.to(tl.int64) * block_size + at % block_size, -1)
 
 
-@jit
+@jit(varying=("table_row", "rows"))
 def _kv_slots_kernel(
     positions_ptr, table_ptr, slots_ptr, position_row, table_row, block_size, rows,
     BLOCK: tl.constexpr,
@@ -33,7 +33,7 @@ def _kv_slots_kernel(
     tl.store(slots_ptr + b * rows + q, slots, mask=q < rows)
 
 
-@jit
+@jit(varying=("table_row", "table_width", "rows"))
 def _verify_inputs_kernel(
     slots_ptr,
     num_drafts_ptr,
@@ -86,7 +86,7 @@ def _verify_inputs_kernel(
         tl.store(own_length_ptr + b, length)
 
 
-@jit
+@jit(varying=("pass_index", "table_row", "batch"))
 def _draft_inputs_kernel(
     position_ptr,
     num_propose_ptr,
@@ -116,7 +116,7 @@ def _draft_inputs_kernel(
     tl.store(seq_lens_ptr + b, (at + 1).to(tl.int32), mask=live)
 
 
-@jit
+@jit(varying=("emitted_ptr", "emitted_row", "table_row", "rows"))
 def _accepted_inputs_kernel(
     emitted_ptr, length_ptr, table_ptr, ids_ptr, positions_ptr, slots_ptr,
     emitted_row, table_row, block_size, rows,
@@ -136,7 +136,7 @@ def _accepted_inputs_kernel(
     tl.store(slots_ptr + at, slots, mask=j < rows)
 
 
-@jit
+@jit(varying=("rows",))
 def _newest_inputs_kernel(
     slots_ptr, accepted_ptr, num_propose_ptr, length_ptr, last_token_ptr, hidden_ptr,
     tokens_ptr, positions_ptr, own_hidden_ptr,

@@ -53,7 +53,7 @@ def _walk(
         tl.store(out_ptr + c, tl.where(nothing == 0.0, best, NO_SCORE), mask=live)
 
 
-@jit
+@jit(varying=("table_row", "rows_per_seq", "columns"))
 def _block_scores_kernel(
     q_ptr,
     k_ptr,
@@ -139,7 +139,7 @@ def _keys(
     return tl.where(block < causal, ordered_key(score, block), -0x7FFFFFFFFFFFFFFF)
 
 
-@jit
+@jit(varying=("columns",))
 def _topk_blocks_kernel(
     scores_ptr,
     positions_ptr,

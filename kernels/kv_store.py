@@ -94,7 +94,7 @@ def _norm_rope_store(
         tl.store(y_ptr + rest_at, _narrowed(c, y_ptr), mask=passed)
 
 
-@jit
+@jit(varying=("max_positions",))
 def _kv_store_kernel(
     qkv_ptr,
     positions_ptr,

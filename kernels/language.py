@@ -5,8 +5,9 @@ Without it the ops still import and run their references; launching a kernel say
 """
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, overload
 
 import torch
 
@@ -38,9 +39,36 @@ class _Missing:
         raise ModuleNotFoundError(f"{self._name}: a kernel needs triton, which is not installed")
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """triton.jit; launched as kernel[grid](*args, **settings)."""
-    return triton.jit(kernel) if INSTALLED else _Missing(kernel.__name__)
+@overload
+def jit(kernel: Callable[..., Any]) -> Any: ...
+
+
+@overload
+def jit(*, varying: Collection[str]) -> Callable[[Callable[..., Any]], Any]: ...
+
+
+def jit(kernel: Callable[..., Any] | None = None, *, varying: Collection[str] = ()) -> Any:
+    """triton.jit, as @jit or @jit(varying=...); launched as kernel[grid](*args, **settings).
+
+    Triton compiles a program for each kind that an argument can be: an integer that is 1, divisible
+    by 16 or neither, a pointer that is aligned or not. ``varying`` names the arguments whose kind
+    changes with what a step holds (numbers of rows and tiles, widths of block tables, positions in
+    a larger buffer): one program takes them all, so that no step waits for a compiler. It cannot
+    load vectors by what it knows of such an argument. So sizes and strides that the model fixes
+    are not among them, nor is a bound of neighbouring elements.
+    Raises  ValueError when the kernel has no argument of that name.
+    """
+
+    def compiled(kernel: Callable[..., Any]) -> Any:
+        missing = set(varying) - set(inspect.signature(kernel).parameters)
+        if missing:
+            raise ValueError(f"{kernel.__name__} has no argument {', '.join(sorted(missing))}")
+        if not INSTALLED:
+            return _Missing(kernel.__name__)
+        names = list(varying)
+        return triton.jit(kernel, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+    return compiled if kernel is None else compiled(kernel)
 
 
 @jit

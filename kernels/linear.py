@@ -28,7 +28,7 @@ from eaglerun.kernels.reference import linear as reference
 MAX_ROWS = 64
 
 
-@jit
+@jit(varying=("rows",))
 def _linear_kernel(
     x_ptr,
     w_ptr,

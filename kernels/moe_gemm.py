@@ -32,14 +32,15 @@ from eaglerun.kernels.rows import Experts, Routing
 from eaglerun.kernels.swiglu_oai import clamped_swiglu, swiglu_oai
 
 
-@jit
+@jit(varying=("rows", "max_tiles"))
 def _sort_kernel(
     ids_ptr,
     pairs_ptr,
     tile_expert_ptr,
-    pairs,
+    rows,
     E,
     max_tiles,
+    TOPK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     EXTRA: tl.constexpr,
     BINS: tl.constexpr,
@@ -53,6 +54,8 @@ def _sort_kernel(
     once. The last one, e = E, marks the tiles that nobody has.
     """
     begin(OVERLAP)
+    # A multiple of TOPK for the compiler too, which then loads several ids at once.
+    pairs = rows * TOPK
     expert = tl.program_id(0)
     bin_id = tl.arange(0, BINS)
     count = tl.zeros([BINS], tl.int32)
@@ -112,12 +115,13 @@ def _pairs(
     row, come after the others.
     """
     t = tl.arange(0, COUNT)
+    count = rows if SORTED else 1
     if SORTED:
         at = pairs_ptr + tile * STRIDE + START + t
         found = tl.load(at, mask=t < tl.where(shared, 0, COUNT), other=-1)
     else:
         found = tl.where(t == 0, tile, -1)
-    return tl.where(shared, tl.where(t < rows, num_pairs + t, -1), found)
+    return tl.where(shared, tl.where(t < count, num_pairs + t, -1), found)
 
 
 @jit
@@ -202,7 +206,7 @@ def _up(
         _put(a_ptr, clamped_swiglu(gate2, up2, alpha, limit, beta), more, n, I)
 
 
-@jit
+@jit(varying=("max_tiles", "num_pairs", "rows"))
 def _up_kernel(
     x_ptr,
     w_ptr,
@@ -320,7 +324,7 @@ def _down(
         _put(y_ptr, y2, more, n, H)
 
 
-@jit
+@jit(varying=("max_tiles", "num_pairs", "rows"))
 def _down_kernel(
     a_ptr,
     w_ptr,
@@ -494,9 +498,10 @@ def moe_gemm(
             ids,
             order,
             tile_expert,
-            pairs,
+            rows,
             count,
             max_tiles,
+            TOPK=topk,
             BLOCK_T=block_t,
             EXTRA=extra,
             BINS=power_of_2(count + 1),

@@ -22,7 +22,7 @@ from eaglerun.kernels.rows import Routing
 from eaglerun.kernels.vocab_argmax import index_of, ordered_key
 
 
-@jit
+@jit(varying=("rows",))
 def _logits_kernel(
     x_ptr,
     gate_ptr,
@@ -123,12 +123,15 @@ def _choose_kernel(
         tl.store(count_ptr, tl.load(count_ptr) + tl.where(real, TOPK, 0))
 
 
-@jit
+@jit(varying=("rows",))
 def _count_kernel(
-    ids_ptr, count_ptr, pairs, E, BLOCK: tl.constexpr, BINS: tl.constexpr, OVERLAP: tl.constexpr
-):
+    ids_ptr, count_ptr, rows, E, TOPK: tl.constexpr,
+    BLOCK: tl.constexpr, BINS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """count += the number of distinct ids in 0 .. E - 1."""
     begin(OVERLAP)
+    # A multiple of TOPK for the compiler too, which then loads several ids at once.
+    pairs = rows * TOPK
     bins = tl.zeros([BINS], tl.int32)
     for start in range(0, pairs, BLOCK):
         p = start + tl.arange(0, BLOCK)
@@ -231,8 +234,9 @@ def moe_route(
         _count_kernel[(1,)](
             ids,
             num_experts,
-            ids.numel(),
+            rows,
             experts,
+            TOPK=topk,
             BINS=power_of_2(experts + 1),
             **settings("route_count", x),
         )

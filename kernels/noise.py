@@ -52,7 +52,7 @@ def _gumbel(key, v):
     return -tl.log(-tl.log(u))
 
 
-@jit
+@jit(varying=("seed_step", "position_step", "rows"))
 def _uniform_kernel(
     seed_ptr, position_ptr, out_ptr, seed_step, position_step, rows,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
@@ -63,7 +63,7 @@ def _uniform_kernel(
     tl.store(out_ptr + n, _unit(_mix(_key(seed, position, STEP))), mask=n < rows)
 
 
-@jit
+@jit(varying=("seed_step", "position_step"))
 def _gumbel_kernel(
     seed_ptr, position_ptr, out_ptr, seed_step, position_step, size,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
@@ -78,7 +78,7 @@ def _gumbel_kernel(
     tl.store(out_ptr + row * size + v, _gumbel(key, v), mask=v < size)
 
 
-@jit
+@jit(varying=("seed_step", "position_step"))
 def _draw_chunk_kernel(
     scores_ptr,
     seed_ptr,
