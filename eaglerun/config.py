@@ -197,6 +197,13 @@ class SchedulingConfig(Checked):
     max_chunk_tokens: int | None = option(
         None, "rows of one prefill chunk; none: max_num_batched_tokens", low=1
     )
+    max_itl_ms: float | None = option(
+        None,
+        "milliseconds that running streams wait for their next tokens while prompts are read: "
+        "prefill beside them is cut to keep it; a bound below a decode step and 128 rows of "
+        "prefill cannot be kept; none: any",
+        low=0.001,
+    )
     lag: int | None = option(
         None, "steps the host plans ahead of the device; none: 1 on a GPU, else 0", low=0, high=1
     )

@@ -118,6 +118,7 @@ def _limits(config: Config, ready: RankReady, max_model_len: int) -> SchedulerLi
         prefix_caching=config.cache.enable_prefix_caching
         and not config.output.return_aux_hidden_states,
         eos_token_ids=ready.eos_token_ids,
+        max_itl_ms=scheduling.max_itl_ms,
     )
 
 

@@ -9,6 +9,8 @@ class SchedulerLimits:
 
     max_num_batched_tokens  rows of a step: decode rows first, prefill chunks take the rest
     max_chunk_tokens        rows of one prefill chunk
+    max_itl_ms              longest step, in milliseconds, that prefill may make while sequences
+                            decode in it; None: any
     has_draft               reserve the draft's slots too (its KV runs one position ahead)
     """
 
@@ -20,3 +22,4 @@ class SchedulerLimits:
     has_draft: bool
     prefix_caching: bool
     eos_token_ids: tuple[int, ...]
+    max_itl_ms: float | None = None

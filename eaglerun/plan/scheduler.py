@@ -6,7 +6,8 @@ or aborted only at its commit; what was computed for a sequence that had ended i
 its blocks and slot are given back only when its last step in flight is committed.
 
 Four owners stand behind it: Queue (who waits), Residency (who runs, with which slot and blocks),
-endings (who has ended, and why) and Outbox (what is to be told).
+endings (who has ended, and why) and Outbox (what is to be told). Pace, where a bound is set, learns
+how many prefill rows a step may take while streams wait for it.
 """
 
 from collections import deque
@@ -20,6 +21,7 @@ from eaglerun.plan.draft_length import DraftLengthPolicy
 from eaglerun.plan.endings import Ending, finished, may_have_ended, take, tokens_event
 from eaglerun.plan.limits import SchedulerLimits
 from eaglerun.plan.outbox import Outbox
+from eaglerun.plan.pace import Budget, Pace
 from eaglerun.plan.parts import admission, decode_row, num_positions, prefill_chunk, step_plan
 from eaglerun.plan.queue import Queue
 from eaglerun.plan.residency import Residency
@@ -44,6 +46,8 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.policy = policy
+        # Sizes the prefill of steps that streams wait for; None: whatever there is room for.
+        self.pace = None if limits.max_itl_ms is None else Pace(limits.max_itl_ms)
         self.stats = EngineStats()
         self._queue = Queue()
         self._residency = Residency(limits, pool)
@@ -141,16 +145,12 @@ class Scheduler:
         decode = self._plan_decode(k)
         if decode is None:
             return None
-        budget = self.limits.max_num_batched_tokens
-        budget -= sum(row.num_drafts + 1 for _, row in decode)
+        budget = self._prefill_budget([row for _, row in decode])
         prefill = self._plan_prefill(k, budget)
-        budget -= sum(len(chunk.token_ids) for _, chunk in prefill)
         admissions: list[Admission] = []
-        while budget > 0 and (admitted := self._admit()) is not None:
+        while budget.is_open and (admitted := self._admit()) is not None:
             admissions.append(admission(admitted))
-            chunk = prefill_chunk(admitted, k, budget, self.limits)
-            prefill.append((admitted, chunk))
-            budget -= len(chunk.token_ids)
+            prefill.append((admitted, self._take_chunk(admitted, k, budget)))
         if not decode and not prefill:
             return None
         return self._launch(admissions, decode, prefill)
@@ -191,16 +191,23 @@ class Scheduler:
         self.stats.preemptions += 1
         self._queue.add(seq)
 
-    def _plan_prefill(self, k: int, budget: int) -> list[tuple[Sequence, PrefillChunk]]:
+    def _prefill_budget(self, decode: list[DecodeRow]) -> Budget:
+        rows = self.limits.max_num_batched_tokens - sum(row.num_drafts + 1 for row in decode)
+        return Budget(rows) if self.pace is None else self.pace.budget(rows, decode)
+
+    def _plan_prefill(self, k: int, budget: Budget) -> list[tuple[Sequence, PrefillChunk]]:
         chunks = []
         for seq in self._residency.running:
-            if budget <= 0:
+            if not budget.is_open:
                 break
             if not seq.prefill_planned and not seq.abort_requested and not seq.preempt_requested:
-                chunk = prefill_chunk(seq, k, budget, self.limits)
-                chunks.append((seq, chunk))
-                budget -= len(chunk.token_ids)
+                chunks.append((seq, self._take_chunk(seq, k, budget)))
         return chunks
+
+    def _take_chunk(self, seq: Sequence, k: int, budget: Budget) -> PrefillChunk:
+        chunk = prefill_chunk(seq, k, budget.rows(seq.num_planned), self.limits)
+        budget.take(chunk)
+        return chunk
 
     def _admit(self) -> Sequence | None:
         """Give the best waiting sequence a slot and blocks for its prefill, if they are there."""
@@ -245,6 +252,8 @@ class Scheduler:
         if flight.plan.step_id != result.step_id:
             raise EngineError(f"result of step {result.step_id}, not {flight.plan.step_id}")
         self.stats.steps += 1
+        if self.pace is not None:
+            self.pace.learn(flight.plan, result.times)
         for c, (seq, chunk) in enumerate(zip(flight.prefill, flight.plan.prefill, strict=True)):
             if self._stands(seq, chunk, bool(result.broken_prefill) and result.broken_prefill[c]):
                 asked = result.prompt_logprobs[c] if result.prompt_logprobs else ()

@@ -58,6 +58,9 @@ def test_names_are_unique_and_documented():
         ({"dtype": "int4"}, "dtype = 'int4': allowed auto, bfloat16"),
         ({"num_draft_tokens": 9}, "num_draft_tokens = 9: allowed 0 to 8"),
         ({"kv_cache_gib": 0}, "kv_cache_gib = 0: allowed at least 0.001"),
+        ({"max_itl_ms": 0}, "max_itl_ms = 0: allowed at least 0.001"),
+        ({"max_itl_ms": "-5"}, "max_itl_ms = -5.0: allowed at least 0.001"),
+        ({"max_itl_ms": "fast"}, "max_itl_ms = 'fast': expected .*float"),
         ({"enable_prefix_caching": "maybe"}, "enable_prefix_caching = 'maybe': expected bool"),
         (
             {"draft": "d", "max_num_seqs": 8, "max_num_batched_tokens": 32},
