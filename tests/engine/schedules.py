@@ -22,6 +22,8 @@ from eaglerun.messages import (
     TokenLogprobs,
     Tokens,
 )
+from eaglerun.plan.pace import Pace
+from eaglerun.plan.step import StepPlan, StepTimes
 from eaglerun.start import start_engine
 
 VOCAB = 40
@@ -43,7 +45,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One engine's life. ``ks``: K of each step, repeated; ``cache_dtype``: of both caches."""
+    """One engine's life. ``ks``: K of each step, repeated; ``cache_dtype``: of both caches;
+    ``paced``: with an inter-token bound, and made-up times."""
 
     model_seed: int
     block_size: int
@@ -59,6 +62,7 @@ class Schedule:
     narrow: bool
     tight: bool
     wishes: tuple[Wish, ...]
+    paced: bool
     cache_dtype: str = "auto"
 
 
@@ -78,6 +82,19 @@ class ScriptedDraftLength:
 
     def num_draft_tokens(self, step_id: int, num_running: int) -> int:
         return self.ks[step_id % len(self.ks)]
+
+
+class ScriptedPace(Pace):
+    """Few rows beside decode rows, by times that depend on the step's number alone."""
+
+    def __init__(self) -> None:
+        super().__init__(max_itl_ms=20.0, least_rows=2)
+
+    def learn(self, plan: StepPlan, times: StepTimes) -> None:
+        assert times.total_ms > 0
+        rows = sum(len(chunk.token_ids) for chunk in plan.prefill)
+        total_ms = 1 + len(plan.decode) + rows * (1 + plan.step_id * 7 % 5) / 3
+        super().learn(plan, StepTimes(total_ms=total_ms))
 
 
 def letters() -> Tokenizer:
@@ -126,7 +143,10 @@ def make_engine(schedule: Schedule, dtype: torch.dtype, plain: bool) -> Engine:
         "decode_batch_sizes": (1, 3, 5) if schedule.padded else (),
         "draft_sampling": schedule.draft_sampling,
     }
-    return start_engine(resolve(settings, environ={}), both, ScriptedDraftLength(schedule.ks))
+    engine = start_engine(resolve(settings, environ={}), both, ScriptedDraftLength(schedule.ks))
+    if schedule.paced:
+        engine.scheduler.pace = ScriptedPace()
+    return engine
 
 
 def play(
@@ -290,4 +310,5 @@ def schedules(draw: st.DrawFn) -> Schedule:
         narrow=draw(st.integers(0, 3)) == 0,
         tight=draw(st.integers(0, 3)) == 0,
         wishes=tuple(draw(st.lists(wishes(), min_size=6, max_size=8))),
+        paced=draw(st.booleans()),
     )

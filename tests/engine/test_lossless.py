@@ -1,8 +1,9 @@
 """Output with the draft equals output without it, token for token, whatever the schedule.
 
 A case is one sequence's life in a random schedule of 6 to 8: K from 0 to 8 changing per step, lag 0
-and 1, chunk and block sizes, scarce blocks, forced preemptions, shared prefixes, aborts, every
-sampling parameter. The schedules are drawn by hypothesis from a fixed seed.
+and 1, chunk and block sizes, with and without an inter-token bound, scarce blocks, forced
+preemptions, shared prefixes, aborts, every sampling parameter. The schedules are drawn by
+hypothesis from a fixed seed.
 """
 
 import os
