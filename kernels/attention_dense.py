@@ -303,9 +303,7 @@ def attention_dense(
         pairs = power_of_2(per_seq * ratio, 16)
         launch = settings(f"attention_{attention_regime(pairs)}", q, tile=dim)
         chunk, limit = launch.pop("CHUNK"), launch.pop("SPLITS")
-        # Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
-        longest = rows.max_seq_len
-        splits = min(limit, 4 * cdiv(longest, 4 * chunk)) if longest > chunk else 1
+        splits = _splits(rows.max_seq_len, chunk, limit)
         block_m = max(min(pairs, launch.pop("MAX_M")), launch.pop("MIN_M"), power_of_2(ratio))
     part, lse = (out, out) if ragged else parts(q, splits)
     open_tiles = ragged and page % launch["BLOCK_N"] == 0 and window is None and first_key < 1
@@ -346,6 +344,21 @@ def attention_dense(
         # The limit, not the number in use: a sum over another width adds in another order.
         merge(part, lse, out, rows, chunk, power_of_2(limit))
     return out
+
+
+def _splits(longest: int, chunk: int, limit: int) -> int:
+    """How many programs share a row's keys: at least one for each of its chunks, up to ``limit``.
+
+    Each number is a program of its own, so there are few: powers of two, and five fourths of them
+    for keys just above (a draft is told of a key more than the blocks that its target selects).
+    Fours, so that the merge loads its sums by the same vectors whatever max_seq_len is.
+    """
+    if longest <= chunk:
+        return 1
+    needed = cdiv(longest, chunk)
+    splits = power_of_2(needed, 4)
+    above = splits // 2 * 5 // 4
+    return min(limit, above if needed <= above and above % 4 == 0 else splits)
 
 
 # Shared with attention_sparse.
