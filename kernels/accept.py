@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import begin, jit, power_of_2, require, tl
+from eaglerun.kernels.language import begin, empty_each, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import accept as reference
 from eaglerun.kernels.rows import BySlot, Emitted
 
 
-@jit(varying=("targets_row", "values_row", "matches_row", "K"))
+@jit(varying=("targets_ptr", "targets_row", "targets_step", "values_row", "matches_row", "K"))
 def _accept_kernel(
     targets_ptr,
     values_ptr,
@@ -133,7 +133,7 @@ def accept(targets: Tensor, values: Tensor, matches: Tensor, num_drafts: Tensor)
         num_drafts=num_drafts,
     )
     tokens = torch.empty(batch, k + 1, dtype=torch.int64, device=targets.device)
-    accepted, broken = torch.empty(2, batch, dtype=torch.int64, device=targets.device)
+    accepted, broken = empty_each(2, (batch,), targets.device)
     if batch:
         _accept_kernel[(batch,)](
             targets,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eaglerun.kernels import paired
-from eaglerun.kernels.language import begin, cdiv, jit, power_of_2, require, tl
+from eaglerun.kernels.language import begin, cdiv, empty_each, jit, power_of_2, require, tl
 from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import draft_inputs as reference
 from eaglerun.kernels.rows import BySlot, Newest
@@ -233,7 +233,7 @@ def verify_inputs(
         num_drafts=num_drafts,
         table=table,
     )
-    out = torch.empty(3, batch, num_rows, dtype=torch.int64, device=length.device)
+    ids, positions, kv_slots = empty_each(3, (batch, num_rows), length.device)
     seq_lens = torch.empty(batch, dtype=torch.int32, device=length.device)
     own_length = torch.empty(batch, dtype=torch.int64, device=length.device)
     if batch:
@@ -245,9 +245,9 @@ def verify_inputs(
             last_token,
             draft_tokens,
             block_table,
-            out[0],
-            out[1],
-            out[2],
+            ids,
+            positions,
+            kv_slots,
             seq_lens,
             own_length,
             table,
@@ -262,7 +262,7 @@ def verify_inputs(
             BLOCK_M=block_m,
             **settings("one_warp", length),
         )
-    return out[0], out[1], out[2], seq_lens, own_length
+    return ids, positions, kv_slots, seq_lens, own_length
 
 
 @paired(reference.draft_inputs)
@@ -288,7 +288,7 @@ def draft_inputs(
         "draft_inputs",
         num_propose=num_propose,
     )
-    out = torch.empty(2, batch, 1, dtype=torch.int64, device=position.device)
+    positions, kv_slots = empty_each(2, (batch, 1), position.device)
     seq_lens = torch.empty(batch, dtype=torch.int32, device=position.device)
     if batch:
         block = min(power_of_2(batch), 32)
@@ -296,8 +296,8 @@ def draft_inputs(
             position,
             num_propose,
             block_table,
-            out[0],
-            out[1],
+            positions,
+            kv_slots,
             seq_lens,
             pass_index,
             num_propose.stride(0),
@@ -307,7 +307,7 @@ def draft_inputs(
             BLOCK=block,
             **settings("one_warp", position),
         )
-    return out[0], out[1], seq_lens
+    return positions, kv_slots, seq_lens
 
 
 @paired(reference.accepted_inputs)
@@ -325,15 +325,15 @@ def accepted_inputs(
     """
     batch, rows = emitted.shape
     _require("accepted_inputs", block_table, batch, emitted=emitted, length=length)
-    out = torch.empty(3, batch, rows, dtype=torch.int64, device=emitted.device)
+    ids, positions, kv_slots = empty_each(3, (batch, rows), emitted.device)
     if batch:
         _accepted_inputs_kernel[(batch,)](
             emitted,
             length,
             block_table,
-            out[0],
-            out[1],
-            out[2],
+            ids,
+            positions,
+            kv_slots,
             emitted.stride(0),
             block_table.stride(0),
             block_size,
@@ -341,7 +341,7 @@ def accepted_inputs(
             BLOCK=power_of_2(rows),
             **settings("one_warp", emitted),
         )
-    return out[0], out[1], out[2]
+    return ids, positions, kv_slots
 
 
 @paired(reference.newest_inputs)

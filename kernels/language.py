@@ -6,6 +6,7 @@ Without it the ops still import and run their references; launching a kernel say
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Collection
 from typing import Any, overload
 
@@ -120,6 +121,14 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     """What the operands of a matrix product are cast to: their dtype, and float32 in the
     interpreter, whose bfloat16 arithmetic is wrong without a word."""
     return tl.float32 if interpreting() else getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def empty_each(count: int, shape: tuple[int, ...], device: torch.device) -> list[torch.Tensor]:
+    """``count`` int64 tensors of one allocation, each at a multiple of 16 bytes: where that hung on
+    the shape, the kernels that take them would be two programs each."""
+    size = math.prod(shape)
+    out = torch.empty(count, size + size % 2, dtype=torch.int64, device=device)
+    return [piece.view(shape) for piece in out[:, :size]]
 
 
 def cdiv(a: int, b: int) -> int:

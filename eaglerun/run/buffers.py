@@ -22,6 +22,9 @@ class StepBuffers:
     drafts       [B, K_max] int64, the step's new drafts; a sequence's first num_propose count
     num_experts  [1] int64, distinct experts read, summed over the layers
     block_table  [B, M] int32, of the slots
+
+    Each begins at the same offset from a multiple of 16 bytes whatever B is: a kernel's program is
+    for one alignment of its pointers.
     """
 
     def __init__(
@@ -34,20 +37,20 @@ class StepBuffers:
     ) -> None:
         self._padding_slot = padding_slot
         self._num_drafts = num_draft_tokens
-        self._width = 2 + num_draft_tokens + 1 + num_draft_tokens
+        self._width = _even(2 + num_draft_tokens + 1 + num_draft_tokens)
         # Results end where the inputs begin, and both meet at the one number that is both, so
         # that a step's numbers arrive in one copy and leave in one.
         self._middle = max_batch * self._width
         self._memory = torch.zeros(
-            self._middle + 1 + 3 * max_batch, dtype=torch.int64, device=device
+            self._middle + 2 + 3 * _even(max_batch), dtype=torch.int64, device=device
         )
         self.num_experts = self._memory[self._middle : self._middle + 1]
         self._tables = torch.zeros(max_batch, max_blocks, dtype=torch.int32, device=device)
         self._divide(max_batch)
 
     def _divide(self, batch_size: int) -> None:
-        inputs = self._memory[self._middle + 1 :][: 3 * batch_size].view(3, batch_size)
-        self.slots, self.num_drafts, self.num_propose = inputs
+        inputs = self._memory[self._middle + 2 :][: 3 * _even(batch_size)].view(3, -1)
+        self.slots, self.num_drafts, self.num_propose = inputs[:, :batch_size]
         self._results = self._memory[self._middle - batch_size * self._width : self._middle + 1]
         table = self._results[:-1].view(batch_size, self._width)
         self.emitted, self.drafts = self._columns(table)
@@ -55,15 +58,16 @@ class StepBuffers:
 
     def _columns(self, table: Tensor) -> tuple[Emitted, Tensor]:
         end = 2 + self._num_drafts + 1
-        return Emitted(table[:, 2:end], table[:, 0], table[:, 1]), table[:, end:]
+        drafts = table[:, end : end + self._num_drafts]
+        return Emitted(table[:, 2:end], table[:, 0], table[:, 1]), drafts
 
     def fill(self, rows: tuple[DecodeRow, ...], batch_size: int) -> None:
         """The plan's rows, then padding up to ``batch_size``; no experts yet."""
         self._divide(batch_size)
-        padding = batch_size - len(rows)
+        padding = _even(batch_size) - len(rows)
         pinned = self._memory.device.type == "cuda"
         values = torch.tensor(
-            [0]
+            [0, 0]
             + [row.slot_id for row in rows]
             + [self._padding_slot] * padding
             + [row.num_drafts for row in rows]
@@ -94,3 +98,8 @@ class StepBuffers:
             yield
         finally:
             self._memory.copy_(kept)
+
+
+def _even(n: int) -> int:
+    """The next even number: as many int64 end at a multiple of 16 bytes."""
+    return n + n % 2
