@@ -41,7 +41,7 @@ def counter(shown: bool | None, what: str, unit: str, begin: int = 0, leave: boo
 
 
 def steps_bar(shown: bool | None, what: str, unit: str, total: int | None = None) -> Any:
-    """A tqdm bar over ``total`` things; its reset(total) tells a number that is known later."""
+    """A tqdm bar over ``total`` things; its total may be set later."""
     return tqdm(desc=what, total=total, unit=f" {unit}", disable=_disabled(shown))
 
 

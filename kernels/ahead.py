@@ -10,10 +10,12 @@ import contextlib
 import importlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,17 +83,16 @@ def _placed(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def recording(arch: str) -> Iterator[list[Program]]:
-    """Launch nothing; list the programs that the launches on meta tensors would need on ``arch``.
+def recording(arch: str, found: Callable[[Program], None]) -> Iterator[None]:
+    """Launch nothing while entered; ``found`` hears of each program that launches on meta tensors
+    would need on ``arch``, once.
 
     For a process of its own: it can launch nothing any more.
     """
-    programs: list[Program] = []
 
     def note(*, key: Any, fn: Any, compile: Any, **about: Any) -> bool:
-        data = compile["specialization_data"]
         name = fn.jit_function.fn.__qualname__
-        programs.append(Program(fn.module, name, data))
+        found(Program(fn.module, name, compile["specialization_data"]))
         # Known from here on: Triton asks only once for each.
         fn.jit_function.device_caches[0][0][key] = object()
         # Neither compile nor launch it.
@@ -107,53 +108,60 @@ def recording(arch: str) -> Iterator[list[Program]]:
     triton.knobs.runtime.jit_cache_hook = note
     JITFunction.run = choose
     try:
-        yield programs
+        yield
     finally:
         JITFunction.run = run
         triton.knobs.runtime.jit_cache_hook = before
 
 
-def compile_programs(
-    programs: Sequence[Program],
-    arch: str,
-    directory: Path,
-    num_processes: int,
-    told: Callable[[str], None],
-) -> list[str]:
-    """Compile all, each in one of so many processes, into Triton's cache in ``directory``; what is
-    there already is only looked up. ``told`` hears each kernel's name as it is done.
+class Compilers:
+    """Processes that compile programs into Triton's cache in ``directory``, each one at a time;
+    what is there already is only looked up."""
 
-    Returns what did not compile, a line each.
-    """
-    waiting = list(reversed(programs))
-    failed: list[str] = []
-    lock = threading.Lock()
+    def __init__(
+        self, arch: str, directory: Path, num_processes: int, told: Callable[[str], None]
+    ) -> None:
+        """``told`` hears each kernel's name as it is done, one at a time."""
+        self._arch = arch
+        self._directory = directory
+        self._told = told
+        self._waiting: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._failed: list[str] = []
+        self._threads = [threading.Thread(target=self._serve) for _ in range(num_processes)]
+        for thread in self._threads:
+            thread.start()
 
-    def serve() -> None:
-        with _compiler(arch, directory) as process:
+    def add(self, program: Program) -> None:
+        self._waiting.put(program)
+
+    def finish(self) -> list[str]:
+        """Wait for all. Returns what did not compile, a line each."""
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+        while not self._waiting.empty():
+            if (program := self._waiting.get()) is not None:
+                self._failed.append(f"{program.kernel}: no compiler is left")
+        return self._failed
+
+    def _serve(self) -> None:
+        with _compiler(self._arch, self._directory) as process:
             assert process.stdin is not None and process.stdout is not None
-            while True:
-                with lock:
-                    if not waiting:
-                        return
-                    program = waiting.pop()
-                process.stdin.write(json.dumps(program) + "\n")
-                process.stdin.flush()
-                error = json.loads(process.stdout.readline() or '"the compiler ended"')
-                with lock:
+            while (program := self._waiting.get()) is not None:
+                answer = ""
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps(program) + "\n")
+                    process.stdin.flush()
+                    answer = process.stdout.readline()
+                error = json.loads(answer) if answer else "the process that compiles it ended"
+                with self._lock:
                     if error:
-                        failed.append(f"{program.kernel}: {error}")
-                    told(program.kernel)
-                if process.poll() is not None:
+                        self._failed.append(f"{program.kernel}: {error}")
+                    self._told(program.kernel)
+                if not answer:
                     return
-
-    threads = [threading.Thread(target=serve) for _ in range(min(num_processes, len(programs)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failed += [f"{program.kernel}: no compiler was left to compile it" for program in waiting]
-    return failed
 
 
 @contextlib.contextmanager
@@ -194,11 +202,15 @@ def _kernel_of(program: Program) -> Any:
 def load_programs(programs: Sequence[Program], told: Callable[[str], None]) -> None:
     """Bring all onto the current device, where launches then find them: from Triton's cache, or
     compiled here where that has lost one."""
-    for program in programs:
-        made = _kernel_of(program).preload(program.data)
-        # Triton would load the code at the first launch.
-        if made.module is None:
-            made._init_handles()
+    made = [_kernel_of(program).preload(program.data) for program in programs]
+    # What hands a launch's arguments over is C, compiled by kind of signature where the cache has
+    # none.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda m: driver.active.launcher_cls(m.src, m.metadata), made):
+            pass
+    for program, kernel in zip(programs, made, strict=True):
+        # Triton would do it at the first launch.
+        kernel._init_handles()
         told(program.kernel)
 
 

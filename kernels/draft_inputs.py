@@ -10,6 +10,9 @@ from eaglerun.kernels.launch import settings
 from eaglerun.kernels.reference import draft_inputs as reference
 from eaglerun.kernels.rows import BySlot, Newest
 
+# Sequences of a program that makes a draft pass's inputs: the lanes of its one warp.
+BLOCK_B = 32
+
 
 @jit
 def _slots(positions, live, b, table_ptr, table_row, block_size):
@@ -291,8 +294,7 @@ def draft_inputs(
     positions, kv_slots = empty_each(2, (batch, 1), position.device)
     seq_lens = torch.empty(batch, dtype=torch.int32, device=position.device)
     if batch:
-        block = min(power_of_2(batch), 32)
-        _draft_inputs_kernel[(cdiv(batch, block),)](
+        _draft_inputs_kernel[(cdiv(batch, BLOCK_B),)](
             position,
             num_propose,
             block_table,
@@ -304,7 +306,7 @@ def draft_inputs(
             block_table.stride(0),
             block_size,
             batch,
-            BLOCK=block,
+            BLOCK=BLOCK_B,
             **settings("one_warp", position),
         )
     return positions, kv_slots, seq_lens

@@ -26,15 +26,15 @@ import torch
 
 from eaglerun.errors import ConfigError
 from eaglerun.kernels.ahead import (
+    Compilers,
     Program,
     cache_directory,
-    compile_programs,
     compiler_environment,
     load_programs,
     use_cache_directory,
 )
 from eaglerun.progress import steps_bar
-from eaglerun.run.programs import Launched, programs_of
+from eaglerun.run.programs import Launched, find_programs
 
 # More would not compile faster: a few programs take most of the time.
 MAX_PROCESSES = 32
@@ -126,9 +126,8 @@ class Compiling:
         with self._process.stdout as stdout, steps_bar(progress, "compiling", "kernels") as bar:
             for line in stdout:
                 match json.loads(line):
-                    case {"total": total}:
-                        bar.reset(total=total)
-                    case {"compiled": name}:
+                    case {"known": known, "compiled": name}:
+                        bar.total = known
                         bar.set_postfix_str(name, refresh=False)
                         bar.update()
                     case {"failed": failed}:
@@ -162,17 +161,27 @@ def load_all(programs: tuple[Program, ...], progress: bool | None) -> None:
 
 
 def compile_all(
-    cache: KernelCache,
-    launched: Launched,
-    total: Callable[[int], None],
-    told: Callable[[str], None],
+    cache: KernelCache, launched: Launched, told: Callable[[int, str], None]
 ) -> list[str]:
-    """List and compile all programs, and note the list; what did not compile, a line each. For a
-    process of its own: it can launch nothing afterwards."""
-    programs = programs_of(launched)
-    total(len(programs))
+    """Find and compile all programs, and note their list; what did not compile, a line each. For a
+    process of its own: it can launch nothing afterwards.
+
+    ``told`` hears of each that is compiled: how many are known by then, and its kernel's name.
+    """
+    programs: list[Program] = []
     count = min(os.cpu_count() or 1, MAX_PROCESSES)
-    failed = compile_programs(programs, launched.arch, cache.directory, count, told)
+    compilers = Compilers(
+        launched.arch, cache.directory, count, lambda name: told(len(programs), name)
+    )
+
+    def found(program: Program) -> None:
+        programs.append(program)
+        compilers.add(program)
+
+    try:
+        find_programs(launched, found)
+    finally:
+        failed = compilers.finish()
     if not failed:
         cache.write(launched, tuple(programs))
     return failed
@@ -205,10 +214,7 @@ def _main() -> None:
         answers.flush()
 
     failed = compile_all(
-        KernelCache(None),
-        launched,
-        lambda total: tell(total=total),
-        lambda name: tell(compiled=name),
+        KernelCache(None), launched, lambda known, name: tell(known=known, compiled=name)
     )
     tell(failed=failed)
 

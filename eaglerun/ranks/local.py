@@ -176,7 +176,7 @@ class LocalRank:
                     self.runner.capture(step)
                     bar.update()
             log.info(
-                "graphs: %d of %d decode steps captured in %.1f s, %.2f GiB",
+                "graphs: %d, of %d decode steps, captured in %.1f s, %.2f GiB",
                 len(decode.graphs),
                 len(steps),
                 time.perf_counter() - begin,

@@ -8,7 +8,7 @@ thresholds (kernels/launch.py), so rows at and around powers of two meet them al
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,8 +59,24 @@ class Launched:
     arch: str
 
 
-def programs_of(launched: Launched) -> list[Program]:
-    """For a process of its own: it can launch no kernel afterwards."""
+def find_programs(launched: Launched, found: Callable[[Program], None]) -> None:
+    """Tell of each program once. For a process of its own: it can launch no kernel afterwards."""
+    runner = runner_without_device(launched)
+    plans = _plans(runner, launched.options.capture)
+    programs_of(runner, plans, launched.arch, found)
+
+
+def programs_of(
+    runner: Runner, plans: Iterable[StepPlan], arch: str, found: Callable[[Program], None]
+) -> None:
+    """Tell of each program that the plans launch and none before has; see find_programs."""
+    with launch.for_arch(arch), recording(arch, found):
+        for plan in plans:
+            runner.launch(plan)
+
+
+def runner_without_device(launched: Launched) -> Runner:
+    """A runner on "meta", of one layer of each kind."""
     spec, taps = _one_of_a_kind(launched.target, launched.taps)
     meta = torch.device("meta")
     # Tables of rotations are as long as a sequence.
@@ -69,13 +85,7 @@ def programs_of(launched: Launched) -> list[Program]:
     draft = None
     if launched.draft is not None:
         draft = Eagle3Llama(launched.draft, device=meta, dtype=launched.dtype, max_positions=limit)
-    options = replace(launched.options, num_blocks=1, capture=False)
-    with launch.for_arch(launched.arch):
-        runner = Runner(target, draft, options)
-        with recording(launched.arch) as programs:
-            for plan in _plans(options, spec, draft is not None):
-                runner.launch(plan)
-    return programs
+    return Runner(target, draft, replace(launched.options, num_blocks=1, capture=False))
 
 
 def _one_of_a_kind(spec: TargetSpec, taps: Sequence[int]) -> tuple[TargetSpec, tuple[int, ...]]:
@@ -96,28 +106,37 @@ def _one_of_a_kind(spec: TargetSpec, taps: Sequence[int]) -> tuple[TargetSpec, t
     return cut, tuple(places[tap] for tap in taps)
 
 
-def _plans(options: RunnerOptions, spec: TargetSpec, drafts: bool) -> Iterator[StepPlan]:
-    """Steps that between them launch whatever a step may."""
+def _plans(runner: Runner, captures: bool) -> Iterator[StepPlan]:
+    """Steps that between them launch whatever a step may; ``captures``: decode steps are graphs,
+    which are made for two bounds of the keys that a row sees."""
+    options, spec, drafts = runner.options, runner.target.spec, runner.drafter is not None
     selected = spec.sparse_topk_blocks * spec.sparse_block_size
     longest = options.max_model_len - options.num_draft_tokens - 2
-    yield from _decodes(options, min(selected, longest), longest, drafts)
+    bounds = {min(selected, longest), longest}
+    if not captures:
+        bounds |= set(_around_powers(longest))
+    yield from _decodes(options, bounds, drafts)
     yield from _prefills(options, selected, longest, drafts)
 
 
-def _decodes(
-    options: RunnerOptions, selected: int, longest: int, drafts: bool
-) -> Iterator[StepPlan]:
+def _around_powers(most: int) -> list[int]:
+    """1 to ``most``: the powers of two, and numbers behind each."""
+    powers = [1 << n for n in range(most.bit_length())]
+    return sorted({n for p in powers for n in (p, p + 1, p + p // 2) if n <= most} | {most})
+
+
+def _decodes(options: RunnerOptions, bounds: set[int], drafts: bool) -> Iterator[StepPlan]:
     sizes = options.decode_batch_sizes or _ANY_SIZE
     most = options.num_draft_tokens
     for size in sorted({min(size, options.num_slots) for size in sizes}):
-        for num_drafts, reach in itertools.product(range(most + 1), {selected, longest}):
-            reach = max(reach - num_drafts, 1)
+        for num_drafts, bound in itertools.product(range(most + 1), sorted(bounds)):
             count = most if drafts else 0
+            reach = max(bound - num_drafts, 1)
             rows = tuple(DecodeRow(i, num_drafts, count, reach) for i in range(size))
             yield _admitting(range(size), GREEDY, decode=rows, count=count)
         for asked in _ASKED:
             count = most if drafts else 0
-            rows = tuple(DecodeRow(i, most, count, selected) for i in range(size))
+            rows = tuple(DecodeRow(i, most, count, min(bounds)) for i in range(size))
             yield _admitting(range(size), asked, decode=rows, count=count)
 
 
@@ -127,18 +146,19 @@ def _prefills(
     count = options.num_draft_tokens if drafts else 0
     most = options.max_rows
     powers = [1 << n for n in range(most.bit_length())]
-    sizes = sorted({n for p in powers for n in (p, p + 1, p + p // 2) if n <= most} | {most})
     starts = sorted({0, *(s for p in powers for s in (p * selected,) if s < longest)})
-    for size in sizes:
-        # Those that a chunk of this size can begin at, and the last place for one.
-        begins = {start for start in starts if start + size <= longest} | {max(longest - size, 0)}
-        for start in sorted(begins):
-            rows = min(size, longest - start)
-            for parts in sorted({1, min(rows, options.num_slots, 3), min(rows, options.num_slots)}):
-                yield _chunks(_even(rows, parts), start, count, GREEDY, samples=True)
-        yield _chunks(_even(min(size, longest), 1), 0, 0, GREEDY, samples=False)
-    for asked in _ASKED:
-        for parts in {1, options.num_slots}:
+    for size in _around_powers(most):
+        for start in {*starts, max(longest - size, 0)}:
+            # As few chunks as hold the rows, and many.
+            least = -(-size // (longest - start))
+            for parts in {least, options.num_slots}:
+                if least <= parts <= min(size, options.num_slots):
+                    yield _chunks(_even(size, parts), start, count, GREEDY, samples=True)
+        if size <= longest:
+            yield _chunks((size,), 0, 0, GREEDY, samples=False)
+    # Prompts that end together are sampled, and drafted after, by kernels of their number.
+    for parts in {n for n in (*powers, options.num_slots) if n <= options.num_slots}:
+        for asked in (GREEDY, *_ASKED):
             yield _chunks((1,) * parts, 0, count, asked, samples=True)
 
 
