@@ -168,7 +168,7 @@ class Compilers:
 def _compiler(arch: str, directory: Path) -> Iterator["subprocess.Popen[str]"]:
     """A process of _main. It must see no GPU, of which it would take memory."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "eaglerun.kernels.ahead", arch],
+        [sys.executable, "-W", "ignore", "-m", "eaglerun.kernels.ahead", arch],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,4 +1,4 @@
-"""The command eaglerun: serve, chat, generate, eval, lossless, bench, check-config."""
+"""The command eaglerun: serve, chat, generate, eval, lossless, bench, check-config, warm."""
 
 import argparse
 import io
@@ -69,6 +69,12 @@ def _run(argv: Sequence[str], engine: Sequence[str] | None) -> int:
             return prompt_commands.chat(config, flags)
         case "eval" | "bench" | "lossless":
             return _measure(config, flags)
+        case "warm":
+            # See _add_measuring.
+            from eaglerun.server.warm_command import compile_kernels
+
+            print(compile_kernels(config, flags.arch))
+            return 0
         case _:
             return _check_config(config)
 
@@ -85,10 +91,16 @@ def _parser(argv: Sequence[str]) -> Parser:
         ("lossless", "answers with the draft against those without it, each difference explained"),
         ("bench", "step time, throughput, contexts, prefill, kernels; the first users of a server"),
         ("check-config", "the settings in effect and what the models would take; loads nothing"),
+        ("warm", "a server's kernels compiled ahead, into its cache; needs no GPU and no weights"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == "generate":
             prompt_commands.add_generate_flags(command)
+        if name == "warm":
+            command.add_argument(
+                "--arch",
+                help="architecture to compile for, as sm_90 or gfx942; none: that of the GPU here",
+            )
         if name == "chat":
             prompt_commands.add_chat_flags(command)
         if name in ("eval", "bench", "lossless") and name in argv[:1]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from eaglerun.config import Config
 from eaglerun.errors import ConfigError
 from eaglerun.kernels.ahead import (
     Compilers,
@@ -36,6 +37,8 @@ from eaglerun.kernels.ahead import (
 from eaglerun.progress import steps_bar
 from eaglerun.run.programs import Launched, find_programs
 
+# The process that finds a configuration's programs and has them compiled.
+COMMAND = (sys.executable, "-m", "eaglerun.ranks.kernels")
 # More would not compile faster: a few programs take most of the time.
 MAX_PROCESSES = 32
 
@@ -52,10 +55,12 @@ class KernelCache:
     """The programs of configurations, in a directory that survives restarts."""
 
     def __init__(self, directory: Path | None) -> None:
-        """``directory`` None: Triton's own. ConfigError where it cannot be written."""
-        if directory is not None:
-            use_cache_directory(directory.expanduser().absolute())
-        self.directory = cache_directory()
+        """``directory`` None: Triton's own; another becomes it, for this process.
+
+        Raises  ConfigError where it cannot be written.
+        """
+        own = cache_directory()
+        self.directory = own if directory is None else directory.expanduser().absolute()
         self._lists = self.directory / "eaglerun"
         try:
             self._lists.mkdir(parents=True, exist_ok=True)
@@ -66,6 +71,13 @@ class KernelCache:
                 f"kernel_cache_dir = {str(self.directory)!r}: {error.strerror}; allowed a "
                 "directory that can be written"
             ) from None
+        if self.directory != own:
+            use_cache_directory(self.directory)
+
+    @classmethod
+    def of(cls, config: Config) -> "KernelCache":
+        directory = config.scheduling.kernel_cache_dir
+        return cls(None if directory is None else Path(directory))
 
     def file(self, launched: Launched) -> Path:
         name = hashlib.sha256(f"{_versions()} {launched!r}".encode()).hexdigest()[:24]
@@ -108,7 +120,7 @@ class Compiling:
         self._process: subprocess.Popen[bytes] | None = None
         if self._found is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "eaglerun.ranks.kernels"],
+                COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=compiler_environment(cache.directory),
@@ -144,9 +156,9 @@ class Compiling:
 
     def cancel(self) -> None:
         """Compile no further; the weights could not be loaded."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None:
+            with self._process as process:
+                process.kill()
 
 
 def load_all(programs: tuple[Program, ...], progress: bool | None) -> None:

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,8 +239,7 @@ class LocalRank:
         return self._compiling(self._launched)
 
     def _compiling(self, launched: Launched) -> Compiling:
-        directory = self._config.scheduling.kernel_cache_dir
-        return Compiling(KernelCache(None if directory is None else Path(directory)), launched)
+        return Compiling(KernelCache.of(self._config), launched)
 
     def _load_kernels(self, compiling: Compiling) -> None:
         """Wait until they are compiled, and bring them onto the device."""

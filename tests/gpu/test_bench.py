@@ -60,24 +60,21 @@ def test_long_contexts_select_and_prefill_grows(tmp_path: Path):
     assert all(row["peak_gib"] > 0 for row in found["prefill"])
 
 
-def test_a_fresh_server_tells_what_it_compiles_and_captures(
+def test_a_fresh_server_makes_nothing_in_served_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With an empty cache of kernels, then with the one that this filled."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
-    totals = []
+    starts = []
     for name in ("cold", "warm"):
         found = bench(tmp_path / name, "waves")
         [start] = found["waves_start"]
         assert start["ready_s"] > 0
-        made = [start["builds"], *(row["builds"] for row in found["waves"])]
-        assert len(made) == 1 + 2 * 4
-        totals.append({key: sum(builds[key] for builds in made) for key in made[0]})
-        assert all((b["graphs_captured"] > 0) == (b["capture_s"] > 0) for b in made)
-        assert all((b["kernels_compiled"] > 0) == (b["compile_s"] > 0) for b in made)
+        starts.append(start["builds"])
+        assert len(found["waves"]) == 2 * 4
+        assert all(set(row["builds"].values()) == {0} for row in found["waves"])
         # Each of the four moves has a graph for one sequence and one for four.
-        assert totals[-1]["graphs_captured"] >= 8
-    cold, warm = totals
-    assert cold["kernels_compiled"] > 10 and warm["kernels_loaded"] > 10
-    # Not 0: what a wave's prompts share a step with hangs on when each of them arrives.
-    assert warm["kernels_compiled"] < cold["kernels_compiled"]
+        assert starts[-1]["graphs_captured"] >= 8
+    cold, warm = starts
+    assert cold["kernels_compiled"] > 50 and warm["kernels_compiled"] == 0
+    assert warm["kernels_loaded"] > 50

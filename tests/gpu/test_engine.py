@@ -2,9 +2,11 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 from pairs import CPU, draft_spec, target_spec, tiny_draft, tiny_target, without_draft
 
 from eaglerun.bench.caches import compare, logits_of
@@ -14,7 +16,8 @@ from eaglerun.llm import LLM
 from eaglerun.loader import Models
 from eaglerun.messages import Request, SamplingParams
 from eaglerun.ranks.local import runner_of
-from eaglerun.start import start_engine
+from eaglerun.start import start_engine, warm_up
+from eaglerun.stats import Builds
 
 pytestmark = pytest.mark.gpu
 
@@ -59,9 +62,15 @@ def prompts() -> list[list[int]]:
 
 
 def answers(
-    models: Models, draft: bool, poison: bool = False, **settings: object
+    models: Models,
+    draft: bool,
+    poison: bool = False,
+    served: bool = False,
+    ready: list[Builds] | None = None,
+    **settings: object,
 ) -> tuple[list[list[int]], Engine]:
-    """``poison``: NaN in all memory that a cell is written to before it is read."""
+    """``poison``: NaN in all memory that a cell is written to before it is read. ``ready`` takes
+    what the engine had made before it was asked."""
     config = {
         "draft": "small" if draft else None,
         "max_model_len": 512,
@@ -71,7 +80,12 @@ def answers(
         "log_stats_every": 0,
         **settings,
     }
-    engine = start_engine(resolve(config, environ={}), models if draft else without_draft(models))
+    made = models if draft else without_draft(models)
+    engine = start_engine(resolve(config, environ={}), made, served=served)
+    if served:
+        warm_up(engine)
+    if ready is not None:
+        ready.append(engine.builds)
     if poison:
         runner = runner_of(engine)
         for region in runner.kv_regions():
@@ -106,6 +120,33 @@ def test_lossless(models: dict[str, Models], k: int, lag: int, eager: bool, over
     if k:
         assert engine.stats.acceptance.accepted > 0
     engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("warmup", ["common", "full"])
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_served_engine_makes_nothing_in_its_steps(
+    models: dict[str, Models],
+    k: int,
+    warmup: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """No kernel is compiled, read from disk or captured after the warm-up, but while idle; steps
+    run as larger ones than their own, and their tokens are the plain engine's."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    plain, _ = answers(models["cuda"], False, enforce_eager=True, lag=0)
+    settings = {"num_draft_tokens": k, "warmup": warmup, "max_num_batched_tokens": 256}
+    for _ in ("cold", "warm"):
+        ready: list[Builds] = []
+        got, engine = answers(models["cuda"], True, served=True, ready=ready, **settings)
+        [at_ready] = ready
+        assert got == plain
+        assert engine.builds == at_ready
+        while engine.has_missed:
+            engine.make_missed()
+        made = engine.builds.since(at_ready)
+        assert made == engine.idle_builds and made.kernels_compiled == made.kernels_loaded == 0
+    assert at_ready.kernels_compiled == 0 < at_ready.kernels_loaded
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
