@@ -1,6 +1,7 @@
 """Config -> Engine: read, load, rehearse, size, allocate; and warm up, for who serves at once."""
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -139,8 +140,11 @@ def warm_up(engine: Engine) -> None:
             "another dtype may help, or the checkpoint is broken"
         )
     if engine.on_gpu and engine.config.scheduling.warmup != "none":
-        for requests in _warm_ups(engine):
+        begin = time.perf_counter()
+        batches = list(_warm_ups(engine))
+        for requests in batches:
             _answer(engine, requests)
+        log.info("warm-up: %d batches in %.1f s", len(batches), time.perf_counter() - begin)
 
 
 def _warm_ups(engine: Engine) -> Iterator[list[Request]]:

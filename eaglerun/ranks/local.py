@@ -95,13 +95,15 @@ class LocalRank:
 
     def load(self) -> RankReady:
         config = self._config
-        compiling = self._begin_compiling()
+        begin, compiling = time.perf_counter(), self._begin_compiling()
         try:
             models = self._models or load_models(config, self._progress)
         except BaseException:
             if compiling is not None:
                 compiling.cancel()
             raise
+        if compiling is not None:
+            log.info("weights: %.1f s", time.perf_counter() - begin)
         self._models = None
         target = models.target
         draft = models.draft if config.speculation.num_draft_tokens else None
