@@ -40,6 +40,7 @@ TOTALS = Totals(
     by_context={1024: counted((3, 3)), 2048: counted((3, 1), (2, 0))},
     builds=Builds(1, 0.5, 2, 0.25, 3, 1.5),
     builds_at_start=Builds(40, 8.0, 50, 2.0, 6, 4.0),
+    builds_idle=Builds(0, 0.0, 0, 0.0, 7, 3.5),
     num_running=2,
     num_waiting=5,
     kv_usage=0.25,
@@ -100,7 +101,8 @@ def test_what_was_compiled_and_captured_is_told_for_the_start_and_for_served_ste
     found = exposed(TOTALS, RequestMetrics())
     values = {
         name: [
-            found[f"eaglerun:{name}_total", frozenset([f"when={w}"])] for w in ("start", "served")
+            found[f"eaglerun:{name}_total", frozenset([f"when={w}"])]
+            for w in ("start", "served", "idle")
         ]
         for name in (
             *("kernels_compiled", "kernel_compile_seconds"),
@@ -108,7 +110,9 @@ def test_what_was_compiled_and_captured_is_told_for_the_start_and_for_served_ste
             *("graphs_captured", "graph_capture_seconds"),
         )
     }
-    assert list(values.values()) == [[40, 1], [8, 0.5], [50, 2], [2, 0.25], [6, 3], [4, 1.5]]
+    assert list(values.values()) == [
+        *([40, 1, 0], [8, 0.5, 0], [50, 2, 0], [2, 0.25, 0], [6, 3, 7], [4, 1.5, 3.5])
+    ]
 
 
 def test_connections_and_statuses_are_exposed():
@@ -172,7 +176,7 @@ def test_the_difference_of_two_counts():
     then = replace(then, builds=Builds(kernels_compiled=1, capture_s=0.5))
     new = TOTALS.since(then)
     assert new.builds == Builds(0, 0.5, 2, 0.25, 3, 1.0)
-    assert new.builds_at_start == TOTALS.builds_at_start
+    assert new.builds_at_start == TOTALS.builds_at_start and new.builds_idle == TOTALS.builds_idle
     assert new.steps == 6 and new.finished == {"stop": 2, "abort": 1}
     assert new.by_context[2048] == counted((3, 1)) and new.num_waiting == 5
 
