@@ -14,6 +14,7 @@ sequences and rows of padding, or a higher bound of keys. Where there is none it
 and either way its own moves are captured once there is nothing to do.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -36,6 +37,10 @@ from eaglerun.staging import to_host
 
 # Above so many verify rows launches are cheap beside the work, and graphs only cost memory.
 MAX_CAPTURED_ROWS = 512
+# The sampling of most requests: greedy, with a temperature, and with top_k or top_p too.
+GREEDY = Features.of([])
+SAMPLED = replace(GREEDY, sampled=True)
+RANKED = replace(SAMPLED, ranked=True)
 
 
 class Shape(NamedTuple):
@@ -149,19 +154,22 @@ class Decode:
     def usual_steps(self, every_draft_length: bool) -> Iterable[Wanted]:
         """The steps to capture before the first, the largest first: each batch size, greedy or
         sampled, with all drafts or also with fewer."""
-        parts, most = self._parts, self._parts.options.num_draft_tokens
-        drafts = parts.drafter is not None
-        sampled = Features(
-            bias=False, penalties=False, min_tokens=False, sampled=True, min_p=False, ranked=False
-        )
-        for batch in sorted(parts.options.decode_batch_sizes, reverse=True):
-            for count in range(most, -1 if every_draft_length else most - 1, -1):
-                for bound in sorted({self._key_bound(1), parts.options.max_model_len}):
-                    shape = Shape(batch, count + 1, bound)
-                    made = range(most, -1 if every_draft_length else most - 1, -1)
-                    for features in (Features.of([]), sampled, replace(sampled, ranked=True)):
-                        for num_propose in made if drafts else (0,):
-                            yield Wanted(shape, features, num_propose)
+        options, drafter = self._parts.options, self._parts.drafter
+        most = options.num_draft_tokens
+        lengths = range(most, -1 if every_draft_length else most - 1, -1)
+        bounds = sorted({self._key_bound(1), options.max_model_len})
+        for batch, num_drafts, bound in itertools.product(
+            sorted(options.decode_batch_sizes, reverse=True), lengths, bounds
+        ):
+            shape = Shape(batch, num_drafts + 1, bound)
+            for features in (GREEDY, SAMPLED, RANKED):
+                if drafter is None:
+                    yield Wanted(shape, features, 0)
+                    continue
+                # Drafts that are not drawn are made alike whatever the sampling.
+                alike = features is not GREEDY and drafter.sampling(features) is None
+                for num_propose in (most,) if alike else lengths:
+                    yield Wanted(shape, features, num_propose)
 
     def _runs_as(self, own: Shape) -> Shape:
         """The shape that a step of shape ``own`` takes."""

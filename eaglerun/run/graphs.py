@@ -53,7 +53,6 @@ class Graphs:
     ) -> None:
         self.in_steps = in_steps
         self.captures = in_steps
-        self._replays = True
         self.enabled = enabled and device.type == "cuda"
         self.num_bytes = 0
         self.num_refused = 0
@@ -78,13 +77,16 @@ class Graphs:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Capture the first run of a key while entered, and replay nothing."""
-        before = self.captures, self._replays
-        self.captures, self._replays = True, False
+        """Capture the first run of a key while entered.
+
+        Nothing runs while it is captured, and a move reads what those before it returned: so each
+        is replayed at once, here too.
+        """
+        before, self.captures = self.captures, True
         try:
             yield
         finally:
-            self.captures, self._replays = before
+            self.captures = before
 
     def run(self, key: Hashable, move: Callable[[], T], capture: bool = True) -> T:
         """Run ``move``; where ``capture`` allows it, through the graph of ``key``.
@@ -115,8 +117,7 @@ class Graphs:
                 self.capture_s += time.perf_counter() - begin
                 line.update()
         graph, output = found
-        if self._replays:
-            graph.replay()
+        graph.replay()
         result: T = output
         return result
 
