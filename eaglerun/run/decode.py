@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from eaglerun.kernels.accept import move_on
@@ -86,7 +87,7 @@ class Decode:
     """Runs the decode rows of plans."""
 
     def __init__(self, parts: Parts, progress: bool | None = False) -> None:
-        """``progress``: whether a line is drawn while a graph is captured."""
+        """``progress``: whether a line is drawn while a step captures a graph."""
         options, state = parts.options, parts.state
         self._parts = parts
         self.buffers = StepBuffers(
@@ -101,10 +102,10 @@ class Decode:
             options.capture,
             self.buffers.blank,
             options.graph_bytes,
-            progress,
+            progress if options.capture_in_steps else False,
             options.capture_in_steps,
         )
-        # Whose target is captured, and what steps missed, in the order in which they came.
+        # The shapes with a captured target, and what steps missed, in the order in which they came.
         self._captured: list[Shape] = []
         self._missed: dict[Wanted, None] = {}
 
@@ -139,9 +140,12 @@ class Decode:
         if not self.graphs.enabled or not _is_captured(shape):
             return
         self.buffers.fill((), shape.batch)
-        with self.graphs.capturing():
-            forward, _ = self._judge(shape, features)
-            self._draft(shape, features, count, forward)
+        try:
+            with self.graphs.capturing():
+                forward, _ = self._judge(shape, features)
+                self._draft(shape, features, count, forward)
+        except torch.OutOfMemoryError:
+            self.graphs.close()
         if ("target", *shape) in self.graphs and shape not in self._captured:
             self._captured.append(shape)
 
@@ -152,24 +156,23 @@ class Decode:
         return next(iter(self._missed), None)
 
     def usual_steps(self, every_draft_length: bool) -> Iterable[Wanted]:
-        """The steps to capture before the first, the largest first: each batch size, greedy or
-        sampled, with all drafts or also with fewer."""
+        """The steps to capture before the first, those of most requests first: each batch size,
+        greedy or sampled, with all drafts or also with fewer."""
         options, drafter = self._parts.options, self._parts.drafter
         most = options.num_draft_tokens
         lengths = range(most, -1 if every_draft_length else most - 1, -1)
+        sizes = sorted(options.decode_batch_sizes, reverse=True)
         bounds = sorted({self._key_bound(1), options.max_model_len})
-        for batch, num_drafts, bound in itertools.product(
-            sorted(options.decode_batch_sizes, reverse=True), lengths, bounds
+        # Each size in turn, so that none is left without if the memory for graphs is full.
+        for num_drafts, features, batch, bound in itertools.product(
+            lengths, (GREEDY, SAMPLED, RANKED), sizes, bounds
         ):
             shape = Shape(batch, num_drafts + 1, bound)
-            for features in (GREEDY, SAMPLED, RANKED):
-                if drafter is None:
-                    yield Wanted(shape, features, 0)
-                    continue
-                # Drafts that are not drawn are made alike whatever the sampling.
-                alike = features is not GREEDY and drafter.sampling(features) is None
-                for num_propose in (most,) if alike else lengths:
-                    yield Wanted(shape, features, num_propose)
+            # Drafts that are not drawn are made alike whatever the sampling.
+            alike = drafter is not None and drafter.sampling(features) is None
+            counts = (most,) if alike and features is not GREEDY else lengths
+            for num_propose in (0,) if drafter is None else counts:
+                yield Wanted(shape, features, num_propose)
 
     def _runs_as(self, own: Shape) -> Shape:
         """The shape that a step of shape ``own`` takes."""
@@ -214,7 +217,7 @@ class Decode:
         capture = _is_captured(shape)
         proposes = count > 0
         if not graphs.captures and ("fill", *shape, proposes) not in graphs:
-            # Who drafts nothing can be filled by the graph of those who do.
+            # The graph of those who draft fills those who do not as well.
             proposes = proposes or ("fill", *shape, True) in graphs
         newest = graphs.run(
             ("fill", *shape, proposes), lambda: self._fill(drafter, forward, proposes), capture

@@ -31,11 +31,12 @@ class Graphs:
     ``blank`` replaces a step's inputs by padding for as long as it is entered: a move runs once
     before it is recorded, to load modules and fill caches, and that run must touch no sequence.
 
-    ``in_steps``: whether the first run of a key captures it; otherwise moves are captured inside
-    capturing() alone. ``captures``: whether one is now.
+    ``in_steps``: the first run of a key captures it; otherwise moves are captured inside
+    capturing() alone. ``captures``: true where a first run captures now.
 
     Once the captured moves hold ``max_bytes``, others run uncaptured; ``num_refused`` counts how
-    often. From then on nothing is captured, so that no graph reads what an uncaptured move made.
+    often that was where one would have been captured. From then on nothing is captured, so that no
+    graph reads what an uncaptured move made.
 
     ``capture_s`` are the seconds that all captures took.
 
@@ -72,8 +73,18 @@ class Graphs:
 
     @property
     def full(self) -> bool:
-        """Whether nothing more is captured."""
+        """True once nothing more is captured."""
         return self.max_bytes is not None and self.num_bytes >= self.max_bytes
+
+    def close(self) -> None:
+        """Capture no more: the device has no memory for it."""
+        self.max_bytes = self.num_bytes
+        log.warning(
+            "the device has no memory for more than %d graphs, %.2f GiB: other steps run "
+            "uncaptured, slower",
+            len(self),
+            self.num_bytes / 2**30,
+        )
 
     @contextmanager
     def capturing(self) -> Iterator[None]:

@@ -217,6 +217,32 @@ def test_no_graph_is_missed_once_no_memory_is_left_for_one(monkeypatch: pytest.M
     assert not engine.has_missed
 
 
+def test_a_device_without_memory_for_a_graph_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """At the start, and while idle."""
+    monkeypatch.setattr("eaglerun.run.decode.Graphs", Replayed)
+    greedy = SamplingParams(temperature=0.0, max_tokens=9)
+    plain = answer(make(draft=False), greedy).token_ids
+    engine = make(k=3, served=True, decode_batch_sizes=(2,))
+    answer(engine, dataclasses.replace(greedy, presence_penalty=0.5))
+    assert engine.has_missed
+    capture = Replayed._capture
+
+    def fails(graphs: Replayed, key: object, move: Callable[[], object]) -> object:
+        if len(graphs) >= 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return capture(graphs, key, move)
+
+    monkeypatch.setattr(Replayed, "_capture", fails)
+    engine.make_missed()
+    assert not engine.has_missed and answer(engine, greedy).token_ids == plain
+    other = make(k=3, served=True, decode_batch_sizes=(2,))
+    assert len(runner_of(other).decode.graphs) == 3
+    assert answer(other, greedy).token_ids == plain and not other.has_missed
+    assert caplog.text.count("no memory for more than") == 2
+
+
 def test_without_a_draft_two_moves_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("eaglerun.run.decode.Graphs", Replayed)
     engine = make(draft=False, decode_batch_sizes=(4,), max_num_seqs=4)
