@@ -70,7 +70,7 @@ class Engine:
 
     @property
     def has_missed(self) -> bool:
-        """Whether steps did without something that can be made for the next ones."""
+        """True where steps did without something that can be made for the next ones."""
         return self.rank.has_missed
 
     def make_missed(self) -> None:

@@ -45,6 +45,12 @@ def steps_bar(shown: bool | None, what: str, unit: str, total: int | None = None
     return tqdm(desc=what, total=total, unit=f" {unit}", disable=_disabled(shown))
 
 
+def tick(bar: Any, name: str) -> None:
+    """One thing more, by name."""
+    bar.set_postfix_str(name, refresh=False)
+    bar.update()
+
+
 class TokenBar:
     """The tokens of several answers as they come: their rate, answers done, and acceptance.
 

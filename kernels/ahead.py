@@ -21,13 +21,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from eaglerun.kernels.compiling import compiles
 from eaglerun.kernels.language import INSTALLED
 
 if INSTALLED:
     import triton
+    from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
+
+
+# More would not compile faster: a few programs take most of the time.
+MAX_PROCESSES = 32
+ENDED = "the process that compiles it ended"
 
 
 class Program(NamedTuple):
@@ -46,7 +53,7 @@ def target_of(arch: str) -> Any:
 
 
 class _NoDevice:
-    """As much of a Triton driver as choosing and compiling a program asks for."""
+    """A Triton driver, as far as choosing and compiling a program asks for one."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -119,9 +126,9 @@ class Compilers:
     what is there already is only looked up."""
 
     def __init__(
-        self, arch: str, directory: Path, num_processes: int, told: Callable[[str], None]
+        self, arch: str, directory: Path, num_processes: int, told: Callable[[str, bool], None]
     ) -> None:
-        """``told`` hears each kernel's name as it is done, one at a time."""
+        """``told`` hears each kernel's name as it is done, and whether it was not there before."""
         self._arch = arch
         self._directory = directory
         self._told = told
@@ -155,11 +162,11 @@ class Compilers:
                     process.stdin.write(json.dumps(program) + "\n")
                     process.stdin.flush()
                     answer = process.stdout.readline()
-                error = json.loads(answer) if answer else "the process that compiles it ended"
+                error, is_new = json.loads(answer) if answer else (ENDED, False)
                 with self._lock:
                     if error:
                         self._failed.append(f"{program.kernel}: {error}")
-                    self._told(program.kernel)
+                    self._told(program.kernel, is_new)
                 if not answer:
                     return
 
@@ -203,9 +210,9 @@ def load_programs(programs: Sequence[Program], told: Callable[[str], None]) -> N
     """Bring all onto the current device, where launches then find them: from Triton's cache, or
     compiled here where that has lost one."""
     made = [_kernel_of(program).preload(program.data) for program in programs]
-    # What hands a launch's arguments over is C, compiled by kind of signature where the cache has
-    # none.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # The code that hands a launch's arguments over is C, compiled for each kind of signature unless
+    # the cache has it.
+    with ThreadPoolExecutor(num_processors()) as pool:
         for _ in pool.map(lambda m: driver.active.launcher_cls(m.src, m.metadata), made):
             pass
     for program, kernel in zip(programs, made, strict=True):
@@ -214,9 +221,19 @@ def load_programs(programs: Sequence[Program], told: Callable[[str], None]) -> N
         told(program.kernel)
 
 
+def num_processors() -> int:
+    """Those that this process may use, at most MAX_PROCESSES."""
+    return min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+
+
 def cache_directory() -> Path:
-    """Where Triton keeps what it compiles."""
+    """Triton's cache on disk."""
     return Path(triton.knobs.cache.dir)
+
+
+def cache_settings() -> str:
+    """What Triton's cache is keyed by besides sources and launches: variables that it reads."""
+    return repr(sorted(get_cache_invalidating_env_vars().items()))
 
 
 def use_cache_directory(directory: Path) -> None:
@@ -224,19 +241,21 @@ def use_cache_directory(directory: Path) -> None:
 
 
 def _main(arch: str) -> None:
-    """Compile each program that comes in, a line of JSON; answer null, or what went wrong."""
+    """Compile each program that comes in, a line of JSON; answer what went wrong, or null, and
+    whether it was compiled and not found."""
     # Triton and ptxas may print; the answers go where nobody else writes.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     choose_target(arch)
     for line in sys.stdin:
         program = Program(*json.loads(line))
-        error = None
+        error, before = None, compiles().num_compiled
         try:
             _kernel_of(program).preload(program.data)
         except Exception as failure:
             error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1:]}"
-        answers.write(json.dumps(error) + "\n")
+        is_new = compiles().num_compiled > before
+        answers.write(json.dumps((error, is_new)) + "\n")
         answers.flush()
 
 

@@ -12,6 +12,8 @@ from eaglerun.kernels.rows import BySlot, Newest
 
 # Sequences of a program that makes a draft pass's inputs: the lanes of its one warp.
 BLOCK_B = 32
+# Entries of a block table that a program copies.
+BLOCK_M = 1024
 
 
 @jit
@@ -240,8 +242,7 @@ def verify_inputs(
     seq_lens = torch.empty(batch, dtype=torch.int32, device=length.device)
     own_length = torch.empty(batch, dtype=torch.int64, device=length.device)
     if batch:
-        block_m = min(power_of_2(width), 1024)
-        _verify_inputs_kernel[(batch, 1 + cdiv(width, block_m))](
+        _verify_inputs_kernel[(batch, 1 + cdiv(width, BLOCK_M))](
             slots,
             num_drafts,
             length,
@@ -262,7 +263,7 @@ def verify_inputs(
             block_size,
             num_rows,
             BLOCK=power_of_2(num_rows),
-            BLOCK_M=block_m,
+            BLOCK_M=BLOCK_M,
             **settings("one_warp", length),
         )
     return ids, positions, kv_slots, seq_lens, own_length

@@ -9,7 +9,7 @@ from eaglerun.errors import ConfigError
 from eaglerun.kernels.language import INSTALLED
 from eaglerun.kernels.launch import TABLE, arch_of
 from eaglerun.loader import check_device, choose_device, choose_dtype, read_checkpoints
-from eaglerun.progress import steps_bar
+from eaglerun.progress import steps_bar, tick
 from eaglerun.ranks.kernels import KernelCache, compile_all
 from eaglerun.ranks.local import launched_by
 
@@ -41,15 +41,14 @@ def compile_kernels(config: Config, arch: str | None) -> str:
     if programs is None:
         with steps_bar(None, "compiling", "kernels") as bar:
 
-            def told(known: int, name: str) -> None:
+            def told(known: int, name: str, is_new: bool) -> None:
                 bar.total = known
-                bar.set_postfix_str(name, refresh=False)
-                bar.update()
+                tick(bar, name)
 
             failed = compile_all(cache, launched, told)
-        if failed:
+        programs, done = cache.read(launched), "compiled"
+        if failed or programs is None:
             raise ConfigError(f"{len(failed)} kernels do not compile: {'; '.join(failed[:3])}")
-        programs, done = cache.read(launched) or (), "compiled"
     return (
         f"{len(programs)} kernels for {arch} {done} in {time.perf_counter() - begin:.1f} s; "
         f"{cache.directory} holds {cache.num_bytes() / 2**20:.0f} MiB"

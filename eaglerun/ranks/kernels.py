@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -27,50 +28,42 @@ import torch
 from eaglerun.config import Config
 from eaglerun.errors import ConfigError
 from eaglerun.kernels.ahead import (
+    ENDED,
     Compilers,
     Program,
     cache_directory,
+    cache_settings,
     compiler_environment,
     load_programs,
+    num_processors,
     use_cache_directory,
 )
-from eaglerun.progress import steps_bar
+from eaglerun.kernels.compiling import compiles
+from eaglerun.progress import steps_bar, tick
 from eaglerun.run.programs import Launched, find_programs
+
+log = logging.getLogger("eaglerun")
 
 # The process that finds a configuration's programs and has them compiled.
 COMMAND = (sys.executable, "-m", "eaglerun.ranks.kernels")
-# More would not compile faster: a few programs take most of the time.
-MAX_PROCESSES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """``known``: all was compiled by an earlier start."""
+    """``num_new``: how many were compiled for this start, and not by an earlier one."""
 
     programs: tuple[Program, ...]
-    known: bool
+    num_new: int
 
 
 class KernelCache:
     """The programs of configurations, in a directory that survives restarts."""
 
     def __init__(self, directory: Path | None) -> None:
-        """``directory`` None: Triton's own; another becomes it, for this process.
-
-        Raises  ConfigError where it cannot be written.
-        """
+        """``directory`` None: Triton's own; another becomes it, for this process."""
         own = cache_directory()
         self.directory = own if directory is None else directory.expanduser().absolute()
         self._lists = self.directory / "eaglerun"
-        try:
-            self._lists.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._lists):
-                pass
-        except OSError as error:
-            raise ConfigError(
-                f"kernel_cache_dir = {str(self.directory)!r}: {error.strerror}; allowed a "
-                "directory that can be written"
-            ) from None
         if self.directory != own:
             use_cache_directory(self.directory)
 
@@ -84,21 +77,39 @@ class KernelCache:
         return self._lists / f"{name}.json"
 
     def read(self, launched: Launched) -> tuple[Program, ...] | None:
-        """The list of a configuration; None where it is not there, or cannot be read."""
+        """The list of a configuration; None where it is not there, or is none of our kernels."""
         try:
             told = json.loads(self.file(launched).read_text())
-            return tuple(Program(*map(str, program)) for program in told)
+            programs = tuple(Program(*program) for program in told)
         except (OSError, ValueError, TypeError):
             return None
+        ours = all(
+            all(isinstance(part, str) for part in program)
+            and program.module.startswith("eaglerun.kernels.")
+            for program in programs
+        )
+        return programs if programs and ours else None
+
+    def check_writable(self) -> None:
+        """Raises  ConfigError where nothing can be kept in the directory."""
+        try:
+            self._lists.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._lists):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"kernel_cache_dir = {str(self.directory)!r}: {error.strerror}; allowed a "
+                "directory that can be written"
+            ) from None
 
     def write(self, launched: Launched, programs: tuple[Program, ...]) -> None:
-        file = self.file(launched)
-        half = file.with_suffix(f".{os.getpid()}")
-        half.write_text(json.dumps(programs))
-        half.replace(file)
+        with tempfile.NamedTemporaryFile("w", dir=self._lists, delete=False) as half:
+            json.dump(programs, half)
+        Path(half.name).chmod(0o644)
+        Path(half.name).replace(self.file(launched))
 
     def num_bytes(self) -> int:
-        """Of all that lies in the directory."""
+        """The size of all that lies in the directory."""
         sizes = 0
         for folder, _, names in os.walk(self.directory):
             for name in names:
@@ -119,6 +130,8 @@ class Compiling:
         self._found = cache.read(launched)
         self._process: subprocess.Popen[bytes] | None = None
         if self._found is None:
+            cache.check_writable()
+            log.info("kernels: compiling them in %d processes", num_processors())
             self._process = subprocess.Popen(
                 COMMAND,
                 stdin=subprocess.PIPE,
@@ -126,22 +139,23 @@ class Compiling:
                 env=compiler_environment(cache.directory),
             )
             assert self._process.stdin is not None
-            with self._process.stdin as stdin, contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
                 pickle.dump(launched, stdin)
 
     def finish(self, progress: bool | None) -> Compiled:
         """Wait for all. ConfigError where a kernel does not compile."""
         if self._found is not None:
-            return Compiled(self._found, known=True)
+            return Compiled(self._found, num_new=0)
         assert self._process is not None and self._process.stdout is not None
-        failed: list[str] = ["the process that compiles them ended"]
+        failed: list[str] = [ENDED]
+        num_new = 0
         with self._process.stdout as stdout, steps_bar(progress, "compiling", "kernels") as bar:
             for line in stdout:
                 match json.loads(line):
-                    case {"known": known, "compiled": name}:
+                    case {"known": known, "done": name, "is_new": is_new}:
                         bar.total = known
-                        bar.set_postfix_str(name, refresh=False)
-                        bar.update()
+                        tick(bar, name)
+                        num_new += is_new
                     case {"failed": failed}:
                         pass
         self._process.wait()
@@ -152,10 +166,10 @@ class Compiling:
                 f"warmup: {len(failed)} kernels do not compile: {told}; with warmup = 'none' they "
                 "are compiled where a step needs them"
             )
-        return Compiled(found, known=False)
+        return Compiled(found, num_new)
 
     def cancel(self) -> None:
-        """Compile no further; the weights could not be loaded."""
+        """Compile no further: there will be no engine."""
         if self._process is not None:
             with self._process as process:
                 process.kill()
@@ -163,27 +177,29 @@ class Compiling:
 
 def load_all(programs: tuple[Program, ...], progress: bool | None) -> None:
     """Bring the programs onto the current device."""
+    before = compiles().num_compiled
     with steps_bar(progress, "loading", "kernels", len(programs)) as bar:
-
-        def told(name: str) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update()
-
-        load_programs(programs, told)
+        load_programs(programs, lambda name: tick(bar, name))
+    if lost := compiles().num_compiled - before:
+        log.warning("the kernel cache had lost %d kernels: they were compiled again", lost)
 
 
 def compile_all(
-    cache: KernelCache, launched: Launched, told: Callable[[int, str], None]
+    cache: KernelCache, launched: Launched, told: Callable[[int, str, bool], None]
 ) -> list[str]:
     """Find and compile all programs, and note their list; what did not compile, a line each. For a
     process of its own: it can launch nothing afterwards.
 
-    ``told`` hears of each that is compiled: how many are known by then, and its kernel's name.
+    ``told`` hears of each: how many are known by then, its kernel's name, and whether it was not
+    compiled before.
     """
+    cache.check_writable()
     programs: list[Program] = []
-    count = min(os.cpu_count() or 1, MAX_PROCESSES)
     compilers = Compilers(
-        launched.arch, cache.directory, count, lambda name: told(len(programs), name)
+        launched.arch,
+        cache.directory,
+        num_processors(),
+        lambda name, is_new: told(len(programs), name, is_new),
     )
 
     def found(program: Program) -> None:
@@ -201,7 +217,7 @@ def compile_all(
 
 @functools.cache
 def _versions() -> str:
-    """What a list depends on besides its configuration."""
+    """Sources and versions on which a list depends, besides its configuration."""
     spec = importlib.util.find_spec("eaglerun")
     assert spec is not None and spec.submodule_search_locations is not None
     digest = hashlib.sha256()
@@ -212,12 +228,12 @@ def _versions() -> str:
             for file in sorted(Path(folder).rglob("*.py")):
                 digest.update(file.read_bytes())
     triton = importlib.metadata.version("triton")
-    return f"{digest.hexdigest()} triton {triton} torch {torch.__version__}"
+    return f"{digest.hexdigest()} triton {triton} {cache_settings()} torch {torch.__version__}"
 
 
 def _main() -> None:
     launched = pickle.load(sys.stdin.buffer)
-    # What others print goes elsewhere.
+    # Nobody else may write among the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -226,7 +242,9 @@ def _main() -> None:
         answers.flush()
 
     failed = compile_all(
-        KernelCache(None), launched, lambda known, name: tell(known=known, compiled=name)
+        KernelCache(None),
+        launched,
+        lambda known, name, is_new: tell(known=known, done=name, is_new=is_new),
     )
     tell(failed=failed)
 

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from eaglerun.loader import (
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.plan.step import StepPlan
-from eaglerun.progress import counter, steps_bar
+from eaglerun.progress import counter, steps_bar, tick
 from eaglerun.ranks.kernels import Compiling, KernelCache, load_all
 from eaglerun.ranks.rank import RankReady
 from eaglerun.run.decode import MAX_CAPTURED_ROWS
@@ -89,21 +88,25 @@ class LocalRank:
         self._loaded: _Loaded | None = None
         self._runner: Runner | None = None
         self._before = _kernels()
-        self._launched: Launched | None = None
         # Kernels that others compiled for it, and what was made while there was nothing to do.
         self._ahead = self._idle = Builds()
 
     def load(self) -> RankReady:
-        config = self._config
         begin, compiling = time.perf_counter(), self._begin_compiling()
         try:
-            models = self._models or load_models(config, self._progress)
+            ready = self._load_models()
         except BaseException:
             if compiling is not None:
                 compiling.cancel()
             raise
         if compiling is not None:
             log.info("weights: %.1f s", time.perf_counter() - begin)
+            self._load_kernels(compiling)
+        return ready
+
+    def _load_models(self) -> RankReady:
+        config = self._config
+        models = self._models or load_models(config, self._progress)
         self._models = None
         target = models.target
         draft = models.draft if config.speculation.num_draft_tokens else None
@@ -123,8 +126,6 @@ class LocalRank:
             config, target.spec, dtype, models.eos_token_ids, num_draft_tokens, on_gpu
         )
         self._loaded = _Loaded(target, draft, options, memory)
-        if compiling is not None:
-            self._load_kernels(compiling)
         return RankReady(
             model_name=models.name,
             path=models.path,
@@ -144,7 +145,7 @@ class LocalRank:
             return None
         with (
             counter(self._progress, "compiling", "kernels") as line,
-            watching_compiler(lambda name: _compiled(line, name)),
+            watching_compiler(lambda name: tick(line, name)),
         ):
             return _measured(self._config, loaded, loaded.memory)
 
@@ -162,20 +163,15 @@ class LocalRank:
     def prepare(self) -> None:
         if not self._served:
             return
-        if self._launched is not None:
-            # The KV memory may have made sequences shorter than they were thought to be.
-            limit = self.runner.options.max_model_len
-            final = replace(self._launched.options, max_model_len=limit)
-            if final != self._launched.options:
-                self._load_kernels(self._compiling(replace(self._launched, options=final)))
         decode, begin = self.runner.decode, time.perf_counter()
         if decode.graphs.enabled:
             steps = list(decode.usual_steps(self._config.scheduling.warmup == "full"))
             with steps_bar(self._progress, "capturing", "steps", len(steps)) as bar:
                 for step in steps:
-                    bar.set_postfix_str(f"{step.shape.batch} x {step.shape.rows} rows")
+                    if decode.graphs.full:
+                        break
                     self.runner.capture(step)
-                    bar.update()
+                    tick(bar, f"{step.shape.batch} x {step.shape.rows} rows")
             log.info(
                 "graphs: %d, of %d decode steps, captured in %.1f s, %.2f GiB",
                 len(decode.graphs),
@@ -227,35 +223,35 @@ class LocalRank:
             device, dtype = weight.device, weight.dtype
         else:
             device = choose_device(config.model.device)
-        if not self._served or device.type != "cuda":
+        if device.type != "cuda":
             return None
         check_device(device)
+        cache = KernelCache.of(config)
+        if not self._served:
+            return None
         arch = arch_of(device)
         if models is not None:
             draft = models.draft.spec if models.draft and config.num_draft_tokens else None
-            self._launched = launched_by(config, models.target.spec, draft, dtype, arch)
+            launched = launched_by(config, models.target.spec, draft, dtype, arch)
         else:
             found = read_checkpoints(config)
             dtype = choose_dtype(config.model.dtype, found.target.dtype, device)
-            self._launched = launched_by(config, found.target, found.draft, dtype, arch)
-        return self._compiling(self._launched)
-
-    def _compiling(self, launched: Launched) -> Compiling:
-        return Compiling(KernelCache.of(self._config), launched)
+            launched = launched_by(config, found.target, found.draft, dtype, arch)
+        return Compiling(cache, launched)
 
     def _load_kernels(self, compiling: Compiling) -> None:
         """Wait until they are compiled, and bring them onto the device."""
         begin = time.perf_counter()
         compiled = compiling.finish(self._progress)
         done = time.perf_counter()
-        if not compiled.known:
-            count = Builds(kernels_compiled=len(compiled.programs), compile_s=done - begin)
-            self._ahead = self._ahead.plus(count)
+        if compiled.num_new:
+            self._ahead = Builds(kernels_compiled=compiled.num_new, compile_s=done - begin)
         load_all(compiled.programs, self._progress)
         log.info(
-            "kernels: %d, %s; loaded in %.1f s; %s holds %.0f MiB",
+            "kernels: %d, %d compiled; waited for %.1f s, loaded in %.1f s; %s holds %.0f MiB",
             len(compiled.programs),
-            "found compiled" if compiled.known else f"compiled, waited for {done - begin:.1f} s",
+            compiled.num_new,
+            done - begin,
             time.perf_counter() - done,
             compiling.cache.directory,
             compiling.cache.num_bytes() / 2**20,
@@ -305,7 +301,7 @@ def first_broken(engine: Engine, run: Callable[[], object]) -> str | None:
 def launched_by(
     config: Config, target: TargetSpec, draft: DraftSpec | None, dtype: torch.dtype, arch: str
 ) -> Launched:
-    """What decides which kernels a rank with these models launches."""
+    """A rank with these models, as far as it decides which kernels are launched."""
     num_draft_tokens = config.speculation.num_draft_tokens if draft else 0
     options = options_of(config, target, dtype, target.eos_token_ids, num_draft_tokens, True)
     taps = config.output.aux_layers if draft is None else draft.taps
@@ -361,10 +357,10 @@ def _measured(config: Config, loaded: _Loaded, memory: DeviceMemory) -> MemoryUs
     spec, scheduling = target.spec, config.scheduling
     outputs = 0
     if options.capture and options.decode_batch_sizes:
-        # The target's logits in its dtype and accept's in float32, for every number of drafts and
-        # each of the runner's bounds of a row's keys.
+        # The target's logits in its dtype and accept's in float32, greedy or sampled in one of two
+        # ways, for every number of drafts and each of the runner's bounds of a row's keys.
         bounds = 1 + (options.max_model_len > spec.sparse_topk_blocks * spec.sparse_block_size)
-        logits = spec.vocab_size * (target.embed_tokens.weight.itemsize + 4)
+        logits = spec.vocab_size * (target.embed_tokens.weight.itemsize + 2 * 4)
         for rows in range(1, options.num_draft_tokens + 2):
             sizes = options.decode_batch_sizes
             outputs += bounds * graph_outputs(sizes, rows, MAX_CAPTURED_ROWS, logits)
@@ -383,9 +379,3 @@ def _kernels() -> Builds:
     """What this process's Triton has made so far."""
     made = compiles()
     return Builds(made.num_compiled, made.compile_s, made.num_loaded, made.load_s)
-
-
-def _compiled(line: Any, name: str) -> None:
-    """Count one more kernel in the line, and name it."""
-    line.set_postfix_str(name, refresh=False)
-    line.update()

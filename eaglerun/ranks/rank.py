@@ -85,7 +85,7 @@ class Rank(Protocol):
 
     @property
     def has_missed(self) -> bool:
-        """Whether steps did without something that can be made for the next ones."""
+        """True where steps did without something that can be made for the next ones."""
 
     def make_missed(self) -> None:
         """Make one such thing. No step may be in flight."""

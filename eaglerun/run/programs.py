@@ -17,7 +17,7 @@ from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.kernels import launch
 from eaglerun.kernels.ahead import Program, recording
-from eaglerun.messages import MAX_LOGPROBS, SamplingParams
+from eaglerun.messages import SamplingParams
 from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.plan.step import Admission, DecodeRow, PrefillChunk, StepPlan
@@ -25,7 +25,7 @@ from eaglerun.run.options import RunnerOptions
 from eaglerun.run.runner import Runner
 
 GREEDY = SamplingParams(temperature=0.0)
-# What requests of one kind or another ask for; each takes other kernels.
+# Kinds of requests that take other kernels.
 _ASKED = (
     SamplingParams(temperature=1.0, seed=0),
     SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, seed=0),
@@ -38,13 +38,11 @@ _ASKED = (
         logprobs=1,
     ),
 )
-# Without graphs no batch is padded: sizes on both sides of what kernels tell apart.
-_ANY_SIZE = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256)
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """Of a rank, what decides which kernels its steps launch.
+    """A rank, as far as it decides which kernels its steps launch.
 
     taps   layers whose entering hidden states are captured
     dtype  of weights and activations
@@ -60,10 +58,10 @@ class Launched:
 
 
 def find_programs(launched: Launched, found: Callable[[Program], None]) -> None:
-    """Tell of each program once. For a process of its own: it can launch no kernel afterwards."""
+    """Tell of each program once, also of a rank whose sequences will be shorter than its
+    max_model_len. For a process of its own: it can launch no kernel afterwards."""
     runner = runner_without_device(launched)
-    plans = _plans(runner, launched.options.capture)
-    programs_of(runner, plans, launched.arch, found)
+    programs_of(runner, _plans(runner), launched.arch, found)
 
 
 def programs_of(
@@ -106,17 +104,18 @@ def _one_of_a_kind(spec: TargetSpec, taps: Sequence[int]) -> tuple[TargetSpec, t
     return cut, tuple(places[tap] for tap in taps)
 
 
-def _plans(runner: Runner, captures: bool) -> Iterator[StepPlan]:
-    """Steps that between them launch whatever a step may; ``captures``: decode steps are graphs,
-    which are made for two bounds of the keys that a row sees."""
-    options, spec, drafts = runner.options, runner.target.spec, runner.drafter is not None
+def _plans(runner: Runner) -> Iterator[StepPlan]:
+    """Steps that between them launch whatever a step may."""
+    options, spec = runner.options, runner.target.spec
     selected = spec.sparse_topk_blocks * spec.sparse_block_size
     longest = options.max_model_len - options.num_draft_tokens - 2
-    bounds = {min(selected, longest), longest}
-    if not captures:
-        bounds |= set(_around_powers(longest))
-    yield from _decodes(options, bounds, drafts)
-    yield from _prefills(options, selected, longest, drafts)
+    most = options.num_draft_tokens if runner.drafter is not None else 0
+    yield _admission(options, GREEDY)
+    yield from _decodes(options, min(selected, longest), longest, most)
+    yield from _prefills(options, selected, longest, most)
+    for asked in _ASKED:
+        yield _admission(options, asked)
+        yield from _sampling(options, min(selected, longest), most, asked.logprobs or -1)
 
 
 def _around_powers(most: int) -> list[int]:
@@ -125,73 +124,71 @@ def _around_powers(most: int) -> list[int]:
     return sorted({n for p in powers for n in (p, p + 1, p + p // 2) if n <= most} | {most})
 
 
-def _decodes(options: RunnerOptions, bounds: set[int], drafts: bool) -> Iterator[StepPlan]:
-    sizes = options.decode_batch_sizes or _ANY_SIZE
-    most = options.num_draft_tokens
-    for size in sorted({min(size, options.num_slots) for size in sizes}):
-        for num_drafts, bound in itertools.product(range(most + 1), sorted(bounds)):
-            count = most if drafts else 0
-            reach = max(bound - num_drafts, 1)
-            rows = tuple(DecodeRow(i, num_drafts, count, reach) for i in range(size))
-            yield _admitting(range(size), GREEDY, decode=rows, count=count)
-        for asked in _ASKED:
-            count = most if drafts else 0
-            rows = tuple(DecodeRow(i, most, count, min(bounds)) for i in range(size))
-            yield _admitting(range(size), asked, decode=rows, count=count)
+def _batch_sizes(options: RunnerOptions) -> list[int]:
+    """Those that batches are padded to, and among the larger ones, which are not, enough."""
+    padded = {min(size, options.num_slots) for size in options.decode_batch_sizes}
+    return sorted({*padded, *(n for n in _around_powers(options.num_slots) if n > max(padded))})
 
 
-def _prefills(
-    options: RunnerOptions, selected: int, longest: int, drafts: bool
-) -> Iterator[StepPlan]:
-    count = options.num_draft_tokens if drafts else 0
-    most = options.max_rows
-    powers = [1 << n for n in range(most.bit_length())]
-    starts = sorted({0, *(s for p in powers for s in (p * selected,) if s < longest)})
-    for size in _around_powers(most):
+def _decodes(options: RunnerOptions, selected: int, longest: int, most: int) -> Iterator[StepPlan]:
+    """``selected``: the keys that are all read, one bound of a step's; the other is known late.
+    ``most``: drafts."""
+    # How many keys there are and how many sequences choose kernels each by itself.
+    cases = [(size, bound) for size in _batch_sizes(options) for bound in {selected, longest}]
+    cases += [(min(2, options.num_slots), bound) for bound in _around_powers(longest)]
+    for (size, bound), num_drafts in itertools.product(cases, range(most + 1)):
+        yield _decode(size, num_drafts, most, bound)
+
+
+def _prefills(options: RunnerOptions, selected: int, longest: int, most: int) -> Iterator[StepPlan]:
+    powers = [1 << n for n in range(options.max_rows.bit_length())]
+    starts = {0, *(p * selected for p in powers if p * selected < longest)}
+    for size in _around_powers(options.max_rows):
         for start in {*starts, max(longest - size, 0)}:
-            # As few chunks as hold the rows, and many.
+            # The fewest chunks that hold the rows, and many.
             least = -(-size // (longest - start))
             for parts in {least, options.num_slots}:
                 if least <= parts <= min(size, options.num_slots):
-                    yield _chunks(_even(size, parts), start, count, GREEDY, samples=True)
+                    yield _prefill(size, parts, start, most)
         if size <= longest:
-            yield _chunks((size,), 0, 0, GREEDY, samples=False)
-    # Prompts that end together are sampled, and drafted after, by kernels of their number.
-    for parts in {n for n in (*powers, options.num_slots) if n <= options.num_slots}:
-        for asked in (GREEDY, *_ASKED):
-            yield _chunks((1,) * parts, 0, count, asked, samples=True)
+            yield _prefill(size, 1, 0, most, samples=False)
 
 
-def _even(rows: int, parts: int) -> tuple[int, ...]:
-    return tuple(rows // parts + (i < rows % parts) for i in range(parts))
+def _sampling(
+    options: RunnerOptions, bound: int, most: int, num_logprobs: int
+) -> Iterator[StepPlan]:
+    """Steps of each number of sequences that choose tokens together."""
+    for size in _batch_sizes(options):
+        yield _decode(size, most, most, bound, num_logprobs)
+        yield _prefill(size, size, 0, most, num_logprobs=num_logprobs)
 
 
-def _chunks(
-    lengths: Sequence[int], start: int, count: int, asked: SamplingParams, samples: bool
-) -> StepPlan:
-    told = 1 if asked.logprobs is not None else -1
-    chunks = tuple(
-        PrefillChunk(slot, (1,) * rows, start, -1 if samples else 1, count, told)
-        for slot, rows in enumerate(lengths)
-    )
-    return _admitting(range(len(chunks)), asked, prefill=chunks, count=count)
-
-
-def _admitting(
-    slots: Sequence[int],
-    asked: SamplingParams,
-    decode: tuple[DecodeRow, ...] = (),
-    prefill: tuple[PrefillChunk, ...] = (),
-    count: int = 0,
-) -> StepPlan:
+def _admission(options: RunnerOptions, asked: SamplingParams) -> StepPlan:
+    """All sequences ask for the same from now on."""
+    slots = range(options.num_slots)
     admissions = tuple(Admission(slot, asked, slot, (1,), (1,), 0, -1) for slot in slots)
-    return StepPlan(
-        step_id=0,
-        admissions=admissions,
-        blocks=(),
-        decode=decode,
-        prefill=prefill,
-        num_drafts=max((row.num_drafts for row in decode), default=0),
-        num_propose=count,
-        num_logprobs=min(MAX_LOGPROBS, 1) if asked.logprobs is not None else -1,
+    return StepPlan(0, admissions, (), (), (), 0, 0, -1)
+
+
+def _decode(size: int, num_drafts: int, count: int, bound: int, num_logprobs: int = -1) -> StepPlan:
+    reach = max(bound - num_drafts, 1)
+    rows = tuple(DecodeRow(slot, num_drafts, count, reach) for slot in range(size))
+    return StepPlan(0, (), (), rows, (), num_drafts, count, num_logprobs)
+
+
+def _prefill(
+    rows: int, parts: int, start: int, count: int, samples: bool = True, num_logprobs: int = -1
+) -> StepPlan:
+    """So many rows in chunks of about the same length."""
+    chunks = tuple(
+        PrefillChunk(
+            slot_id=slot,
+            token_ids=(1,) * (rows // parts + (slot < rows % parts)),
+            start=start,
+            next_token=-1 if samples else 1,
+            num_propose=count,
+            prompt_logprobs=num_logprobs,
+        )
+        for slot in range(parts)
     )
+    return StepPlan(0, (), (), (), chunks, 0, count, num_logprobs)

@@ -44,7 +44,7 @@ def test_drafts_judged_are_the_drafts_told(lag: int):
 
     @seed(7 + lag)
     @settings(
-        max_examples=5,
+        max_examples=8,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

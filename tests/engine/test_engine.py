@@ -509,7 +509,7 @@ def test_the_target_alone_is_batch_invariant(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch, "_name_of", lambda device: "sm_80")
+    monkeypatch.setattr(launch, "arch_of", lambda device: "sm_80")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     loader.check_device(CPU)
     with pytest.raises(ConfigError) as refused:

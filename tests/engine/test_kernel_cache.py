@@ -1,7 +1,9 @@
 """The list of a configuration's kernel programs on disk, and the process that fills it."""
 
 import json
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from eaglerun.ranks.kernels import Compiled, Compiling, KernelCache, compile_all
 from eaglerun.ranks.local import launched_by
 from eaglerun.run.programs import Launched
 
-PROGRAMS = (Program("a", "b", "{}"), Program("a", "c", "{}"))
+PROGRAMS = (Program("eaglerun.kernels.a", "b", "{}"), Program("eaglerun.kernels.a", "c", "{}"))
 
 
 @pytest.fixture
@@ -38,6 +40,7 @@ def launched(**settings: object) -> Launched:
 def test_a_list_is_found_by_all_that_chooses_kernels(cache: KernelCache):
     own = launched()
     assert cache.read(own) is None
+    cache.check_writable()
     cache.write(own, PROGRAMS)
     assert cache.read(launched()) == PROGRAMS
     others = [
@@ -52,17 +55,29 @@ def test_a_list_is_found_by_all_that_chooses_kernels(cache: KernelCache):
     assert cache.num_bytes() > 0 and cache.file(own).parent.parent == cache.directory
 
 
-@pytest.mark.parametrize("text", ["", "[", "[1]", "[[1, 2]]", "null"])
-def test_a_list_that_cannot_be_read_is_made_anew(cache: KernelCache, text: str):
+NOT_OURS = ['[["os", "b", "{}"]]', '[["eaglerun.kernels.a", "b", 1]]']
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", "[[1, 2]]", "null", "[]", "{}", *NOT_OURS])
+def test_a_list_that_is_none_of_our_kernels_is_made_anew(cache: KernelCache, text: str):
+    cache.check_writable()
     cache.file(launched()).write_text(text)
     assert cache.read(launched()) is None
 
 
-def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path):
+def test_a_directory_that_cannot_be_written_is_refused_where_something_must_be_compiled(
+    cache: KernelCache, tmp_path: Path
+):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(ConfigError, match=r"^kernel_cache_dir = '.*file': Not a directory; allow"):
-        KernelCache(file)
+    message = r"^kernel_cache_dir = '.*file': Not a directory; allowed a directory that can be w"
+    with pytest.raises(ConfigError, match=message):
+        Compiling(KernelCache(file), launched())
+    # One that an earlier start has filled is only read.
+    cache.check_writable()
+    cache.write(launched(), PROGRAMS)
+    cache.check_writable = cache.write = None
+    assert Compiling(cache, launched()).finish(False) == Compiled(PROGRAMS, num_new=0)
 
 
 class Fake:
@@ -70,12 +85,18 @@ class Fake:
 
     failed: list[str]
 
-    def __init__(self, arch: str, directory: Path, num_processes: int, told) -> None:
+    def __init__(
+        self,
+        arch: str,
+        directory: Path,
+        num_processes: int,
+        told: Callable[[str, bool], None],
+    ) -> None:
         assert arch == "sm_90" and num_processes >= 1
         self._told = told
 
     def add(self, program: Program) -> None:
-        self._told(program.kernel)
+        self._told(program.kernel, program.kernel == "b")
 
     def finish(self) -> list[str]:
         return self.failed
@@ -88,14 +109,14 @@ def test_only_a_whole_list_is_kept(
     monkeypatch.setattr(Fake, "failed", failed, raising=False)
     monkeypatch.setattr(kernels, "Compilers", Fake)
     monkeypatch.setattr(kernels, "find_programs", lambda launched, found: [*map(found, PROGRAMS)])
-    told: list[tuple[int, str]] = []
+    told: list[tuple[int, str, bool]] = []
     assert compile_all(cache, launched(), lambda *what: told.append(what)) == failed
-    assert told == [(1, "b"), (2, "c")]
+    assert told == [(1, "b", True), (2, "c", False)]
     assert cache.read(launched()) == (None if failed else PROGRAMS)
 
 
 def process(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """What runs in place of the one that compiles. It is handed what is launched."""
+    """Code runs in place of the process that compiles, after it has read what is launched."""
     code = f"import json, pickle, sys; pickle.load(sys.stdin.buffer); {code}"
     monkeypatch.setattr(kernels, "COMMAND", (sys.executable, "-c", code))
 
@@ -104,20 +125,25 @@ def test_a_start_that_finds_its_list_starts_no_process(
     cache: KernelCache, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(kernels, "COMMAND", ("no such program",))
+    cache.check_writable()
     cache.write(launched(), PROGRAMS)
     compiling = Compiling(cache, launched())
-    assert compiling.finish(False) == Compiled(PROGRAMS, known=True)
+    assert compiling.finish(False) == Compiled(PROGRAMS, num_new=0)
     compiling.cancel()
 
 
 def test_a_start_waits_for_the_process_that_fills_the_list(
     cache: KernelCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    told = [{"known": 1, "compiled": "b"}, {"known": 2, "compiled": "c"}, {"failed": []}]
+    told = [
+        {"known": 1, "done": "b", "is_new": True},
+        {"known": 2, "done": "c", "is_new": False},
+        {"failed": []},
+    ]
     file = str(cache.file(launched()))
     lines = "\n".join(map(json.dumps, told))
     process(monkeypatch, f"open({file!r}, 'w').write({json.dumps(PROGRAMS)!r}); print({lines!r})")
-    assert Compiling(cache, launched()).finish(True) == Compiled(PROGRAMS, known=False)
+    assert Compiling(cache, launched()).finish(True) == Compiled(PROGRAMS, num_new=1)
     assert "compiling: 100%" in capsys.readouterr().err
 
 
@@ -125,7 +151,7 @@ def test_a_start_waits_for_the_process_that_fills_the_list(
     ("code", "words"),
     [
         ("print(json.dumps({'failed': ['b: cannot be', 'c: nor']}))", "2 kernels.*: b: cannot be"),
-        ("sys.exit(1)", "the process that compiles them ended"),
+        ("sys.exit(1)", "the process that compiles it ended"),
     ],
 )
 def test_kernels_that_do_not_compile_are_told_before_ready(
@@ -139,7 +165,17 @@ def test_kernels_that_do_not_compile_are_told_before_ready(
 def test_a_process_that_is_no_longer_wanted_is_ended(
     cache: KernelCache, monkeypatch: pytest.MonkeyPatch
 ):
-    process(monkeypatch, "sys.stdout.write('x'); sys.stdout.flush(); input()")
+    process(monkeypatch, "import signal; signal.pause()")
     compiling = Compiling(cache, launched())
     compiling.cancel()
-    assert compiling._process is not None and compiling._process.returncode is not None
+    assert compiling._process is not None
+    assert compiling._process.returncode == -signal.SIGKILL
+
+
+def test_a_process_that_ends_at_once_is_told_and_no_broken_pipe(
+    cache: KernelCache, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernels, "COMMAND", ("/bin/true",))
+    for _ in range(5):
+        with pytest.raises(ConfigError, match="the process that compiles it ended"):
+            Compiling(cache, launched()).finish(False)

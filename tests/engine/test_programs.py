@@ -24,6 +24,7 @@ def test_random_steps_launch_no_program_that_was_not_foreseen(name: str):
         env=environment,
         capture_output=True,
         text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     foreseen, others = json.loads(done.stdout)

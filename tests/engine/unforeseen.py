@@ -24,7 +24,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "m3": {"max_model_len": 131_072},
     "short": {"max_model_len": 1_500, "max_num_seqs": 64},
     "plain": {"draft": None},
-    "eager": {"enforce_eager": True, "decode_batch_sizes": ()},
+    "eager": {"enforce_eager": True},
+    "one_size": {"decode_batch_sizes": (2,)},
     "fp8": {"kv_cache_dtype": "fp8", "index_cache_dtype": "fp8", "overlap_kernels": False},
     "invariant": {"batch_invariant": True},
     "drawn": {"verification": "rejection", "draft_sampling": "probabilistic"},
@@ -51,10 +52,7 @@ def launched(name: str) -> Launched:
     config = resolve(base | {"max_model_len": 20_000} | SETTINGS[name], environ={})
     target = TargetSpec.from_config(test_spec.HUB)
     draft = None if config.model.draft is None else DraftSpec.from_config(DRAFT, target)
-    made = launched_by(config, target, draft, torch.bfloat16, "sm_90")
-    if name == "eager":
-        made = replace(made, options=replace(made.options, decode_batch_sizes=()))
-    return made
+    return launched_by(config, target, draft, torch.bfloat16, "sm_90")
 
 
 class Steps:
@@ -120,9 +118,13 @@ def main(name: str, seed: str, count: str) -> None:
     foreseen: list[Program] = []
     find_programs(made, foreseen.append)
     others: list[Program] = []
-    runner = runner_without_device(made)
-    steps = Steps(made.options, made.draft is not None, int(seed))
-    programs_of(runner, (steps.plan() for _ in range(int(count))), made.arch, others.append)
+    # The KV memory may allow less than the longest sequence.
+    for length in (made.options.max_model_len, made.options.max_model_len * 2 // 3):
+        options = replace(made.options, max_model_len=length)
+        runner = runner_without_device(replace(made, options=options))
+        steps = Steps(options, made.draft is not None, int(seed))
+        plans = (steps.plan() for _ in range(int(count) // 2))
+        programs_of(runner, plans, made.arch, others.append)
     told = []
     for program in others:
         data = json.loads(program.data)

@@ -1,4 +1,4 @@
-"""What the engine's process does while nobody asks for anything."""
+"""The engine's process while nobody asks for anything."""
 
 import socket
 import threading
@@ -43,12 +43,13 @@ class Missing(ScriptedEngine):
 def test_what_steps_missed_is_made_once_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_process, "QUIET_S", 0.01)
     http, end = socket.socketpair()
+    http.settimeout(30)
     engine = Missing()
     link = HttpLink(end.detach())
     loop = EngineLoop(engine, link)
     request = Request("a", (1, 2), SamplingParams(max_tokens=2))
     http.sendall(frame(wire.encode(wire.Submit(request))))
-    thread = threading.Thread(target=loop.run)
+    thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     frames, seen = Frames(), []
     while not (seen and seen[-1].graphs_captured == 2):
@@ -59,7 +60,8 @@ def test_what_steps_missed_is_made_once_there_is_nothing_to_do(monkeypatch: pyte
                 seen.append(report.totals.builds_idle)
                 assert report.totals.builds == Builds()
     http.sendall(frame(wire.encode(wire.Stop("done"))))
-    thread.join()
+    thread.join(30)
+    assert not thread.is_alive()
     link.close()
     http.close()
     # First the request, to its end.

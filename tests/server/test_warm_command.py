@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from eaglerun.kernels.language import INSTALLED
 from eaglerun.ranks import kernels
@@ -26,8 +27,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_without_a_known_architecture_it_is_refused(
-    arguments: list[str], words: str, cache: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    cache: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
+    monkeypatch.setattr(warm_command, "choose_device", lambda wish: torch.device("cpu"))
     assert cli.main(["warm", cache, *arguments]) == cli.REFUSED
     assert words in capsys.readouterr().err
 
@@ -36,8 +42,9 @@ def test_a_second_time_nothing_is_compiled(
     cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def compile_all(cache, launched, told):
-        told(1, "b")
-        cache.write(launched, (kernels.Program("a", "b", "{}"),))
+        told(1, "b", True)
+        cache.check_writable()
+        cache.write(launched, (kernels.Program("eaglerun.kernels.a", "b", "{}"),))
         return []
 
     monkeypatch.setattr(warm_command, "compile_all", compile_all)
