@@ -147,7 +147,7 @@ class LocalRank:
             counter(self._progress, "compiling", "kernels") as line,
             watching_compiler(lambda name: tick(line, name)),
         ):
-            return _measured(self._config, loaded, loaded.memory)
+            return _measured(self._config, loaded, loaded.memory, self._served)
 
     def allocate(self, num_blocks: int, max_model_len: int, graph_bytes: int | None) -> None:
         loaded = self._known()
@@ -351,16 +351,17 @@ def options_of(
     )
 
 
-def _measured(config: Config, loaded: _Loaded, memory: DeviceMemory) -> MemoryUse:
+def _measured(config: Config, loaded: _Loaded, memory: DeviceMemory, served: bool) -> MemoryUse:
     """What everything but the KV blocks takes, graphs as far as they are captured at all."""
     target, draft, options = loaded.target, loaded.draft, loaded.options
     spec, scheduling = target.spec, config.scheduling
     outputs = 0
     if options.capture and options.decode_batch_sizes:
-        # The target's logits in its dtype and accept's in float32, greedy or sampled in one of two
-        # ways, for every number of drafts and each of the runner's bounds of a row's keys.
+        # The target's logits in its dtype and accept's in float32, for every number of drafts and
+        # each of the runner's bounds of a row's keys. A server captures two ways of sampling.
         bounds = 1 + (options.max_model_len > spec.sparse_topk_blocks * spec.sparse_block_size)
-        logits = spec.vocab_size * (target.embed_tokens.weight.itemsize + 2 * 4)
+        ways = 2 if served else 1
+        logits = spec.vocab_size * (target.embed_tokens.weight.itemsize + 4 * ways)
         for rows in range(1, options.num_draft_tokens + 2):
             sizes = options.decode_batch_sizes
             outputs += bounds * graph_outputs(sizes, rows, MAX_CAPTURED_ROWS, logits)
