@@ -28,7 +28,7 @@ WARM_UP = Request(
     sampling=SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True, seed=0),
     cache_salt="warm-up",
 )
-# What requests may ask for that takes other operations.
+# Requests whose wishes take other operations.
 WARM_UP_ASKED = (
     SamplingParams(temperature=1.0),
     SamplingParams(temperature=1.0, top_p=0.95, top_k=40, min_p=0.01),

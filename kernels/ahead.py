@@ -232,7 +232,7 @@ def cache_directory() -> Path:
 
 
 def cache_settings() -> str:
-    """What Triton's cache is keyed by besides sources and launches: variables that it reads."""
+    """The variables that Triton's cache is keyed by, beside sources and launches."""
     return repr(sorted(get_cache_invalidating_env_vars().items()))
 
 

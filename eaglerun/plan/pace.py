@@ -163,12 +163,12 @@ class DecodeTimes:
 
 
 class PrefillCost:
-    """What the prefill rows of a step cost. ``farthest``: the longest context seen."""
+    """The cost of a step's prefill rows. ``farthest``: the longest context seen."""
 
     def __init__(self) -> None:
         self.farthest = SHORT_CONTEXT
         self._level = 1.0
-        # Of the rows, of the step, of the contexts. The rows come first: what one sample cannot
+        # One for the rows, the step, the contexts. The rows come first: what one sample cannot
         # tell apart is then put down to them, so that more rows are expected to cost more.
         self._weights = [0.0, 0.0, 0.0]
         self._products = [[0.0] * 3 for _ in range(3)]

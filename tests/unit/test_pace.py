@@ -187,7 +187,7 @@ def test_a_cost_of_another_form_is_learnt_too():
 def test_the_first_steps_are_small_and_double():
     device = Device(affine(), lag=0)
     device.streams(4)
-    # What the streams' own prompts took is known; nothing larger is.
+    # The time of the streams' own prompts is known, and of nothing larger.
     assert max(step.rows for step in device.steps) == 80
     device.add(20_000)
     device.run(4)
@@ -263,7 +263,7 @@ def test_an_outlier_does_not_poison_the_estimate():
 
 
 def test_decode_steps_measured_while_compiling_do_not_stop_prefill():
-    """Where no later decode step corrects them, because each step has prefill rows."""
+    """No later decode step corrects them, because each step has prefill rows."""
     base = affine()
 
     def cost(step: int, *of_step: float) -> float:
