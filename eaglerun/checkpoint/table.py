@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from eaglerun.checkpoint.formats import PLAIN, WeightFormat
+from eaglerun.errors import ConfigError
 
 Shape = tuple[int, ...]
 
@@ -18,20 +19,35 @@ class Split:
     """How the ranks of a group divide a part: into equal runs along ``axis``, rank by rank.
 
     units   how many things that are never cut lie along the axis: heads, experts, plain rows
+    key     the key of config.json that counts them, for a refusal
     copies  more ranks than units: neighbours hold the same unit; without it that is refused
+    uneven  units that do not divide: the last run is shorter; without it that is refused
     """
 
     axis: int
     units: int
+    key: str
     copies: bool = False
+    uneven: bool = False
+
+    def divides(self, size: int) -> bool:
+        """Whether each of ``size`` ranks has something to hold, and as much as the rules allow."""
+        if self.uneven:
+            return (size - 1) * -(-self.units // size) < self.units
+        runs = self._runs(size)
+        return self.units % runs == 0 and size % runs == 0
 
     def share(self, extent: int, rank: int, size: int) -> slice:
         """The run of rank ``rank`` of ``size`` along an axis of ``extent``."""
-        runs = min(size, self.units) if self.copies else size
-        if self.units % runs or size % runs:
+        if not self.divides(size):
             raise ValueError(f"{self.units} cannot be divided among {size} ranks")
-        run, length = rank * runs // size, extent // runs
-        return slice(run * length, (run + 1) * length)
+        runs, unit = self._runs(size), extent // self.units
+        length = -(-self.units // runs) * unit
+        start = rank * runs // size * length
+        return slice(start, min(start + length, extent))
+
+    def _runs(self, size: int) -> int:
+        return min(size, self.units) if self.copies else size
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +120,14 @@ class Weight:
 class WeightTable:
     """The weights of a model, and what else its checkpoints hold.
 
+    model       "target" or "draft", for a refusal
     components  lines of the budget, in the order to show them
     prefixes    what may stand before the name of a tensor
     skipped     beginnings of full names that belong to parts this build does not have
     zeros       tensors that say something only where they are not zero, without prefix
     """
 
+    model: str
     components: tuple[str, ...]
     prefixes: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -124,6 +142,26 @@ class WeightTable:
     def num_parameters(self, weight: str, *parts: str) -> int:
         """Numbers in the named parts of a weight."""
         return sum(math.prod(p.shape) for p in self.weights[weight].parts if p.name in parts)
+
+    def splits(self) -> tuple[Split, ...]:
+        """The ways in which ranks divide its parts, each once."""
+        parts = (part for weight in self.weights.values() for part in weight.parts)
+        return tuple(dict.fromkeys(part.split for part in parts if part.split is not None))
+
+
+def check_ranks(size: int, *tables: WeightTable) -> None:
+    """ConfigError where ``size`` ranks cannot divide the weights of these tables among them."""
+    splits = [(table.model, split) for table in tables for split in table.splits()]
+    wrong = next(((model, split) for model, split in splits if not split.divides(size)), None)
+    if wrong is None:
+        return
+    model, split = wrong
+    most = min(split.units for _, split in splits if not split.copies)
+    allowed = (n for n in range(1, most + 1) if all(split.divides(n) for _, split in splits))
+    raise ConfigError(
+        f"tensor_parallel_size = {size}: {model} {split.key} = {split.units} cannot be divided "
+        f"among {size} ranks; allowed {', '.join(map(str, allowed))}"
+    )
 
 
 def single(

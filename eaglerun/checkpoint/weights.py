@@ -4,10 +4,35 @@ Name, shape, split over ranks, format and spellings. Sources of the names: the h
 transformers' minimax_m3_vl (module names, and its table of conversions), vLLM's and ATOM's loaders.
 """
 
+from dataclasses import dataclass
+
 from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.formats import IDS, WIDE
 from eaglerun.checkpoint.table import Part, Split, Weight, WeightTable, single, spelled
 from eaglerun.checkpoint.target import TargetSpec
+
+INDEX_HEADS = "index_n_heads / sparse_num_index_heads"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a process holds of both models: the part of rank ``rank`` of ``size``.
+
+    whole_experts    see target_weights
+    whole_embedding  see draft_weights
+    """
+
+    rank: int = 0
+    size: int = 1
+    whole_experts: bool = False
+    whole_embedding: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank {self.rank} of {self.size}: ranks count from 0")
+
+
+UNDIVIDED = Share()
 
 
 def target_weights(spec: TargetSpec, whole_experts: bool = False) -> WeightTable:
@@ -16,6 +41,7 @@ def target_weights(spec: TargetSpec, whole_experts: bool = False) -> WeightTable
     whole_experts  ranks divide the experts among them, instead of the width of every expert
     """
     table = WeightTable(
+        model="target",
         components=(
             *("embedding", "attention", "index", "dense MLP", "routed experts"),
             *("shared experts", "router", "norms", "lm_head"),
@@ -33,7 +59,7 @@ def target_weights(spec: TargetSpec, whole_experts: bool = False) -> WeightTable
         ),
     )
     hidden, vocab = (spec.hidden_size,), (spec.vocab_size, spec.hidden_size)
-    by_id = Split(0, spec.vocab_size)
+    by_id = Split(0, spec.vocab_size, "vocab_size", uneven=True)
     table.add([single("embed_tokens.weight", vocab, "embedding", by_id)])
     for i in range(spec.num_hidden_layers):
         layer = f"layers.{i}."
@@ -43,8 +69,11 @@ def target_weights(spec: TargetSpec, whole_experts: bool = False) -> WeightTable
         if spec.moe_layers[i]:
             table.add(_moe(spec, layer, whole_experts))
         else:
-            module, width = layer + "mlp.", spec.dense_intermediate_size
-            table.add(_mlp(module, (module,), spec.hidden_size, width, "dense MLP"))
+            module, width = (
+                layer + "mlp.",
+                (spec.dense_intermediate_size, "dense_intermediate_size"),
+            )
+            table.add(_mlp(module, (module,), spec.hidden_size, *width, "dense MLP"))
     table.add([single("norm.weight", hidden, "norms")])
     if not spec.tie_word_embeddings:
         table.add([single("lm_head.weight", vocab, "lm_head", by_id)])
@@ -61,14 +90,15 @@ def _target_attention(spec: TargetSpec, module: str, sparse: bool) -> list[Weigh
         index_heads, width = spec.num_index_heads, spec.index_head_dim
         # An index head chooses for one KV head and goes where that goes. All share one key.
         for letter, count, split in (
-            ("q", index_heads, Split(0, index_heads, copies=True)),
+            ("q", index_heads, Split(0, index_heads, INDEX_HEADS, copies=True)),
             ("k", 1, None),
         ):
             names = spelled(index, f"{letter}_proj.weight")
             parts.append(Part(f"index_{letter}", (count * width, hidden), "index", names, split))
             norm = spelled(index, f"{letter}_norm.weight")
             weights.append(single(norm[0], (width,), "norms", spellings=norm))
-    out = single(module + "o_proj.weight", (hidden, heads * dim), "attention", Split(1, heads))
+    by_head = Split(1, heads, "num_attention_heads")
+    out = single(module + "o_proj.weight", (hidden, heads * dim), "attention", by_head)
     return [*weights, Weight(module + "qkv_proj.weight", tuple(parts)), out]
 
 
@@ -76,7 +106,7 @@ def _qkv(
     spec: TargetSpec | DraftSpec, modules: tuple[str, ...], kind: str, *columns: int
 ) -> list[Part]:
     """The rows q, k and v of a projection's weight or bias, by head."""
-    groups = spec.num_key_value_heads
+    by_group = Split(0, spec.num_key_value_heads, "num_key_value_heads", copies=True)
     return [
         Part(
             letter,
@@ -86,9 +116,9 @@ def _qkv(
             split,
         )
         for letter, split in (
-            ("q", Split(0, spec.num_attention_heads)),
-            ("k", Split(0, groups, copies=True)),
-            ("v", Split(0, groups, copies=True)),
+            ("q", Split(0, spec.num_attention_heads, "num_attention_heads")),
+            ("k", by_group),
+            ("v", by_group),
         )
     ]
 
@@ -108,7 +138,8 @@ def _moe(spec: TargetSpec, layer: str, whole_experts: bool) -> list[Weight]:
     def part(name: str, other: str, shape: tuple[int, int], axis: int) -> Part:
         """The matrix of every expert, which is stored expert by expert."""
         names = tuple(f"{m}{{}}.{word}.weight" for m in experts for word in (name, other))
-        split = Split(0, count) if whole_experts else Split(axis, width)
+        by_width = Split(axis, width, "intermediate_size")
+        split = Split(0, count, "num_local_experts") if whole_experts else by_width
         return Part(name, (count, *shape), "routed experts", names, split)
 
     up = (part("w1", "gate_proj", (width, hidden), 1), part("w3", "up_proj", (width, hidden), 1))
@@ -118,27 +149,27 @@ def _moe(spec: TargetSpec, layer: str, whole_experts: bool) -> list[Weight]:
     names = spelled(experts, "down_proj")
     weights.append(Weight(module + "experts.w2", down, axis=1, fused=names))
     shared = spelled(modules, "shared_experts.")
-    width = spec.shared_intermediate_size
-    return [*weights, *_mlp(shared[1], shared, hidden, width, "shared experts")]
+    own = (spec.shared_intermediate_size, "shared_intermediate_size")
+    return [*weights, *_mlp(shared[1], shared, hidden, *own, "shared experts")]
 
 
 def _mlp(
-    parameter: str, modules: tuple[str, ...], hidden: int, width: int, component: str
+    parameter: str, modules: tuple[str, ...], hidden: int, width: int, key: str, component: str
 ) -> list[Weight]:
-    """gate_up_proj, whose rows are gate, then up; and down_proj."""
+    """gate_up_proj, whose rows are gate, then up; and down_proj. ``key`` names the width."""
     halves = tuple(
         Part(
             half,
             (width, hidden),
             component,
             spelled(modules, f"{half}_proj.weight"),
-            Split(0, width),
+            Split(0, width, key),
         )
         for half in ("gate", "up")
     )
     names = spelled(modules, "gate_up_proj.weight")
     down = spelled(modules, "down_proj.weight")
-    name, split = parameter + "down_proj.weight", Split(1, width)
+    name, split = parameter + "down_proj.weight", Split(1, width, key)
     return [
         Weight(parameter + "gate_up_proj.weight", halves, fused=names),
         single(name, (hidden, width), component, split, down),
@@ -155,13 +186,14 @@ def draft_weights(spec: DraftSpec, whole_embedding: bool = False) -> WeightTable
     """
     is_short = spec.draft_vocab_size < spec.vocab_size
     table = WeightTable(
+        model="draft",
         components=("embedding", "fc", "attention", "MLP", "norms", "head"),
         prefixes=("", "model."),
         skipped=("t2d", "mask_hidden", "model.t2d", "model.mask_hidden"),
         zeros=frozenset() if is_short else frozenset({"d2t"}),
     )
     hidden, chunk, chunks = spec.hidden_size, spec.target_hidden_size, len(spec.taps)
-    by_id = None if whole_embedding else Split(0, spec.vocab_size)
+    by_id = None if whole_embedding else Split(0, spec.vocab_size, "vocab_size", uneven=True)
     table.add([single("embed_tokens.weight", (spec.vocab_size, hidden), "embedding", by_id)])
     if spec.use_aux_hidden_state:
         table.add([single("fc.weight", (hidden, chunks * chunk), "fc")])
@@ -173,8 +205,9 @@ def draft_weights(spec: DraftSpec, whole_embedding: bool = False) -> WeightTable
     table.add(_draft_layer(spec))
     table.add([single("norm.weight", (hidden,), "norms")])
     if not spec.tie_word_embeddings:
-        head, split = (spec.draft_vocab_size, hidden), Split(0, spec.draft_vocab_size)
-        table.add([single("lm_head.weight", head, "head", split)])
+        ids = spec.draft_vocab_size
+        split = Split(0, ids, "draft_vocab_size", uneven=True)
+        table.add([single("lm_head.weight", (ids, hidden), "head", split)])
     if is_short:
         table.add([single("d2t", (spec.draft_vocab_size,), None, format=IDS)])
     return table
@@ -195,8 +228,9 @@ def _draft_layer(spec: DraftSpec) -> list[Weight]:
     if spec.attention_bias:
         bias = _qkv(spec, attention, "bias")
         weights.append(Weight(name + "qkv_proj.bias", tuple(bias)))
-    out, split = (hidden, heads * spec.head_dim), Split(1, heads)
+    out, split = (hidden, heads * spec.head_dim), Split(1, heads, "num_attention_heads")
     names = spelled(attention, "o_proj.weight")
     weights.append(single(name + "o_proj.weight", out, "attention", split, names))
     mlp = spelled(layer, "mlp.")
-    return [*weights, *_mlp("layer.mlp.", mlp, hidden, spec.intermediate_size, "MLP")]
+    width = (spec.intermediate_size, "intermediate_size")
+    return [*weights, *_mlp("layer.mlp.", mlp, hidden, *width, "MLP")]

@@ -8,9 +8,10 @@ import pytest
 
 from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.fields import read_checkpoint_config
-from eaglerun.checkpoint.table import Part, Split, Weight, WeightTable
+from eaglerun.checkpoint.table import Part, Split, Weight, WeightTable, check_ranks
 from eaglerun.checkpoint.target import TargetSpec
-from eaglerun.checkpoint.weights import draft_weights, target_weights
+from eaglerun.checkpoint.weights import Share, draft_weights, target_weights
+from eaglerun.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EIGHT_LAYERS = TargetSpec.from_config(read_checkpoint_config(CONFIGS / "m3-8l" / "target"))
@@ -122,8 +123,8 @@ def test_a_query_head_lies_with_its_kv_head_and_its_index_head(size):
 def test_the_shards_of_a_rank_are_contents_of_the_whole():
     """The rows themselves, of a weight small enough to write down."""
     parts = (
-        Part("q", (8, 1), "attention", ("q",), Split(0, 4)),
-        Part("k", (4, 1), "attention", ("k",), Split(0, 2, copies=True)),
+        Part("q", (8, 1), "attention", ("q",), Split(0, 4, "heads")),
+        Part("k", (4, 1), "attention", ("k",), Split(0, 2, "kv_heads", copies=True)),
         Part("i", (1, 1), "index", ("i",)),
     )
     weight = Weight("qkv", parts)
@@ -147,7 +148,7 @@ def test_the_shards_of_a_rank_are_contents_of_the_whole():
 @pytest.mark.parametrize(
     ("name", "size", "told"),
     [
-        ("embed_tokens.weight", 5, "embed_tokens.weight: 200064 cannot be divided among 5 ranks"),
+        ("embed_tokens.weight", 200065, "embed_tokens.weight: 200064 cannot be divided among 2"),
         (SPARSE_QKV, 3, f"{SPARSE_QKV} q: 64 cannot be divided among 3 ranks"),
         (SPARSE_QKV, 128, f"{SPARSE_QKV} q: 64 cannot be divided among 128 ranks"),
         (
@@ -160,6 +161,84 @@ def test_the_shards_of_a_rank_are_contents_of_the_whole():
 def test_a_group_that_does_not_fit_is_refused_by_name(name, size, told):
     with pytest.raises(ValueError, match=told):
         TABLES["M3"].weights[name].shape(0, size)
-    six = Split(0, 4, copies=True)
+    six = Split(0, 4, "kv_heads", copies=True)
     with pytest.raises(ValueError, match="4 cannot be divided among 6 ranks"):
         six.share(512, 0, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "told"),
+    [
+        ("M3", 3, "target num_attention_heads = 64 cannot be divided among 3 ranks; allowed "),
+        ("M3", 128, "target num_attention_heads = 64 cannot be divided among 128 ranks; allowed "),
+        ("GQA draft", 6, "draft num_attention_heads = 64 cannot be divided among 6 ranks; allo"),
+    ],
+)
+def test_a_group_that_does_not_fit_is_refused_with_what_does(name, size, told):
+    with pytest.raises(ConfigError) as error:
+        check_ranks(size, TABLES[name])
+    assert str(error.value).startswith(f"tensor_parallel_size = {size}: {told}")
+    assert str(error.value).endswith("allowed 1, 2, 4, 8, 16, 32, 64")
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "allowed"),
+    [
+        (
+            {"num_attention_heads": 72, "num_key_value_heads": 8},
+            "num_attention_heads = 72",
+            "1, 2, 4, 8, 24",
+        ),
+        (
+            {"num_attention_heads": 96, "num_key_value_heads": 6},
+            "num_key_value_heads = 6",
+            "1, 2, 12, 24, 48, 96",
+        ),
+        ({"num_index_heads": 3}, "index_n_heads / sparse_num_index_heads = 3", "1"),
+        ({"expert_intermediate_size": 1000}, "intermediate_size = 1000", "1, 2, 4, 8"),
+        ({"shared_intermediate_size": 1020}, "shared_intermediate_size = 1020", "1, 2, 4"),
+        ({"dense_intermediate_size": 10}, "dense_intermediate_size = 10", "1, 2"),
+        ({"vocab_size": 17}, "vocab_size = 17", "1, 2, 4"),
+    ],
+)
+def test_each_key_that_does_not_divide_is_named(change, told, allowed):
+    with pytest.raises(ConfigError) as error:
+        check_ranks(16, target_weights(replace(M3, **change)))
+    assert str(error.value) == (
+        f"tensor_parallel_size = 16: target {told} cannot be divided among 16 ranks; "
+        f"allowed {allowed}"
+    )
+
+
+def test_whole_experts_are_counted_and_the_pair_has_to_fit():
+    few = target_weights(replace(M3, num_experts=12), whole_experts=True)
+    with pytest.raises(ConfigError, match="target num_local_experts = 12 cannot be .* among 8 "):
+        check_ranks(8, few)
+    drafts = [
+        (replace(GQA, num_attention_heads=4), "num_attention_heads = 4"),
+        (replace(GQA, num_key_value_heads=5), "num_key_value_heads = 5"),
+        (replace(GQA, intermediate_size=12), "intermediate_size = 12"),
+        (replace(GQA, draft_vocab_size=9), "draft_vocab_size = 9"),
+    ]
+    for draft, told in drafts:
+        with pytest.raises(ConfigError, match=f"= 8: draft {told} cannot be divided among 8 "):
+            check_ranks(8, TABLES["M3"], draft_weights(draft, whole_embedding=True))
+    check_ranks(8, TABLES["M3"], TABLES["MHA draft"])
+
+
+@pytest.mark.parametrize(("vocab_size", "size"), [(60, 8), (200064, 5), (4097, 2), (17, 9)])
+def test_the_last_part_of_a_vocabulary_may_be_shorter(vocab_size, size):
+    runs = [
+        Split(0, vocab_size, "ids", uneven=True).share(vocab_size, r, size) for r in range(size)
+    ]
+    assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])]
+    assert runs[-1].stop == vocab_size
+    lengths = [run.stop - run.start for run in runs]
+    assert set(lengths[:-1]) == {-(-vocab_size // size)}
+    assert 0 < lengths[-1] < lengths[0]
+
+
+def test_a_rank_is_one_of_its_group():
+    for rank, size in ((2, 2), (-1, 4), (0, 0)):
+        with pytest.raises(ValueError, match=f"rank {rank} of {size}"):
+            Share(rank, size)
