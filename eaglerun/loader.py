@@ -109,7 +109,7 @@ def load_models(config: Config, progress: bool | None = False) -> Models:
     else:
         load_target(target, found.target_path, found.target, progress)
         if draft is not None and found.draft is not None and found.draft_path is not None:
-            load_draft(draft, found.draft_path, found.draft, target, progress)
+            load_draft(draft, found.draft_path, found.draft, target, progress, found.target_path)
     return Models(
         name=found.name,
         target=target,

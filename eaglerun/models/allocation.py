@@ -1,4 +1,4 @@
-"""The empty parameters of a model, with the shapes and formats that its table of weights states."""
+"""The empty parameters of a model on a rank, with the shapes and formats that its table states."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from eaglerun.checkpoint.table import Weight, WeightTable
+from eaglerun.checkpoint.table import WeightTable
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -16,7 +16,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Makes a model's parameters by name.
+    """Makes a model's parameters by name, as rank ``rank`` of ``size`` holds them.
 
     dtype   the model's own; a weight's format may ask for another
     prefix  stands before every name: the module whose parameters are made
@@ -25,6 +25,8 @@ class Allocation:
     table: WeightTable
     device: torch.device
     dtype: torch.dtype
+    rank: int = 0
+    size: int = 1
     prefix: str = ""
 
     def under(self, module: str) -> Self:
@@ -34,13 +36,16 @@ class Allocation:
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.table.weights
 
-    def weight(self, name: str) -> Weight:
-        return self.table.weights[self.prefix + name]
+    def rows(self, name: str, *parts: str) -> int:
+        """How many rows of the weight ``name`` are of these parts."""
+        weight = self.table.weights[self.prefix + name]
+        return weight.rows(*parts, rank=self.rank, size=self.size)
 
     def tensor(self, name: str) -> Tensor:
-        weight = self.weight(name)
+        weight = self.table.weights[self.prefix + name]
         held = weight.format.held[str(self.dtype).removeprefix("torch.")]
-        return torch.empty(weight.shape(), device=self.device, dtype=_DTYPES[held])
+        shape = weight.shape(self.rank, self.size)
+        return torch.empty(shape, device=self.device, dtype=_DTYPES[held])
 
     def parameter(self, name: str) -> nn.Parameter:
         return nn.Parameter(self.tensor(name), requires_grad=False)

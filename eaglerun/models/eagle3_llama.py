@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from eaglerun.checkpoint.draft import DraftSpec
-from eaglerun.checkpoint.weights import draft_weights
+from eaglerun.checkpoint.table import check_ranks
+from eaglerun.checkpoint.weights import UNDIVIDED, Share, draft_weights
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.draft_fuse import embed_dual_rmsnorm, group_rmsnorm
 from eaglerun.kernels.kv_store import draft_kv_fill, draft_kv_store
@@ -20,9 +21,9 @@ class DraftAttention(nn.Module):
 
     def __init__(self, weights: Allocation) -> None:
         super().__init__()
-        qkv, bias = weights.weight("qkv_proj.weight"), "qkv_proj.bias"
-        self.q_rows = qkv.rows("q")
-        self.all_rows = qkv.rows("q", "k", "v")
+        bias = "qkv_proj.bias"
+        self.q_rows = weights.rows("qkv_proj.weight", "q")
+        self.all_rows = weights.rows("qkv_proj.weight", "q", "k", "v")
         self.qkv_proj = Linear(
             weights.parameter("qkv_proj.weight"),
             weights.parameter(bias) if bias in weights else None,
@@ -63,6 +64,8 @@ class Eagle3Llama(nn.Module):
 
     max_positions  rows of the rope table; the checkpoint's own limit when None. Positions past
                    the table rotate as its last.
+    share          what this process holds of every weight. The modules compute with all of them
+                   only: of a part there is no forward yet
     """
 
     d2t: Tensor | None
@@ -74,12 +77,17 @@ class Eagle3Llama(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         max_positions: int | None = None,
+        share: Share = UNDIVIDED,
     ) -> None:
-        """Raises  ValueError on toggles that exclude one another."""
+        """Raises  ValueError on toggles that exclude one another; ConfigError where so many
+        ranks cannot divide the weights."""
         super().__init__()
         _check(spec)
         self.spec = spec
-        weights, eps = Allocation(draft_weights(spec), device, dtype), spec.rms_norm_eps
+        self.share = share
+        table, eps = draft_weights(spec, share.whole_embedding), spec.rms_norm_eps
+        check_ranks(share.size, table)
+        weights = Allocation(table, device, dtype, share.rank, share.size)
 
         def norm(name: str) -> Norm | None:
             return Norm(weights.parameter(name), eps) if name in weights else None

@@ -1,5 +1,7 @@
 """Weights into the models: found, checked in full by name and shape, then streamed into place.
 
+A rank reads of every tensor the part that it holds, and no more.
+
 A checkpoint is read twice: its headers, so that everything missing, too much or misshapen is
 said before any weight is read; then tensor by tensor into the parameters that exist already.
 """
@@ -23,9 +25,11 @@ from eaglerun.checkpoint.fields import read_json, shown
 from eaglerun.checkpoint.names import Piece, TensorNames
 from eaglerun.checkpoint.table import WeightTable
 from eaglerun.checkpoint.target import TargetSpec
-from eaglerun.checkpoint.weights import draft_weights, target_weights
+from eaglerun.checkpoint.weights import Share, draft_weights, target_weights
 from eaglerun.errors import CheckpointError, ConfigError
+from eaglerun.models.eagle3_llama import Eagle3Llama
 from eaglerun.models.layers import Embedding, GemmaNorm, Norm
+from eaglerun.models.minimax_m3 import MiniMaxM3
 from eaglerun.progress import byte_bar
 
 logger = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ NEEDED_FILES = ("*.json", "*.safetensors", "*.jinja")
 INDEX = "model.safetensors.index.json"
 # How many faults of a checkpoint one message lists.
 MAX_FAULTS = 8
+EMBEDDING = "embed_tokens.weight"
 NOT_MOVED = "the draft's vocabulary is the target's, and its ids are used as they are"
 # Which tensors go where, in the order of the files that hold them.
 Plan = dict[Path, list[tuple[str, Piece]]]
@@ -63,37 +68,47 @@ def resolve_checkpoint(name_or_path: str) -> Path:
 
 
 def load_target(
-    model: nn.Module, path: Path, spec: TargetSpec, progress: bool | None = False
+    model: MiniMaxM3, path: Path, spec: TargetSpec, progress: bool | None = False
 ) -> None:
-    """Fill every parameter of the target from the safetensors files of ``path``.
+    """Fill every parameter of the target from the safetensors files of ``path``: all of it, or
+    the model's share.
 
     Raises CheckpointError, before any weight is read, with the files and names of all that is
     missing, too much, misshapen or of another dtype.
     """
-    table = target_weights(spec)
-    tensors = _tensors(model, table)
-    plan = _plan(path, TensorNames(table), optional=())
+    share = model.share
+    table = target_weights(spec, share.whole_experts)
+    tensors = _tensors(model, table, share)
+    plan = _plan(path, TensorNames(table, share.rank, share.size), optional=())
     _stream(plan, tensors, progress, "loading target")
 
 
 def load_draft(
-    model: nn.Module,
+    model: Eagle3Llama,
     path: Path,
     spec: DraftSpec,
-    target_model: nn.Module,
+    target_model: MiniMaxM3,
     progress: bool | None = False,
+    target_path: Path | None = None,
 ) -> tuple[str, ...]:
-    """Fill every parameter of the draft; return those that are now the target's own.
+    """Fill every parameter of the draft, or the model's share; return those that are now the
+    target's own.
 
     An embedding or head that the checkpoint lacks is the target's, and so is one that is stored
-    but equal to it, which saves its memory.
+    but equal to it, which saves its memory. A rank whose draft has all of the embedding, and
+    whose target has a part, reads a lacking one from ``target_path`` anew.
 
     Raises CheckpointError as load_target does, and where d2t points outside the vocabulary.
     """
-    table = draft_weights(spec)
-    tensors = _tensors(model, table)
-    shareable = tuple(n for n in ("embed_tokens.weight", "lm_head.weight") if n in table.weights)
-    plan = _plan(path, TensorNames(table), optional=shareable)
+    share = model.share
+    table = draft_weights(spec, share.whole_embedding)
+    tensors = _tensors(model, table, share)
+    shareable = tuple(n for n in (EMBEDDING, "lm_head.weight") if n in table.weights)
+    plan = _plan(path, TensorNames(table, share.rank, share.size), optional=shareable)
+    if target_path is not None and share.size > 1 and share.whole_embedding:
+        own = _embedding_plan(plan, tensors[EMBEDDING], target_path, target_model.spec)
+        for file, pieces in own.items():
+            plan.setdefault(file, []).extend(pieces)
     stored = {piece.parameter for pieces in plan.values() for _, piece in pieces}
     target_tensors = {name: target_model.get_parameter(name) for name in shareable}
     for name in shareable:
@@ -165,12 +180,12 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _tensors(model: nn.Module, table: WeightTable) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, table: WeightTable, share: Share) -> dict[str, Tensor]:
     """The model's tensors by name. ValueError where the model is not the one of the table."""
     own: dict[str, Tensor] = dict(model.named_parameters())
     unknown = own.keys() - table.weights.keys()
     own |= dict(model.named_buffers())
-    shapes = {name: weight.shape() for name, weight in table.weights.items()}
+    shapes = {name: weight.shape(share.rank, share.size) for name, weight in table.weights.items()}
     wrong = [
         f"{name}: the spec has {shape}, the model {tuple(own[name].shape) if name in own else None}"
         for name, shape in shapes.items()
@@ -271,6 +286,18 @@ def _plan(path: Path, names: TensorNames, optional: tuple[str, ...]) -> Plan:
     return plan
 
 
+def _embedding_plan(plan: Plan, embedding: Tensor, path: Path, spec: TargetSpec) -> Plan:
+    """How the target's files fill all of the draft's embedding, where the draft's do not."""
+    if any(piece.parameter == EMBEDDING for pieces in plan.values() for _, piece in pieces):
+        return {}
+    found = {
+        file: [(name, piece) for name, piece in pieces if piece.parameter == EMBEDDING]
+        for file, pieces in _plan(path, TensorNames(target_weights(spec)), optional=()).items()
+    }
+    shape = tuple(embedding.shape)
+    return {file: p for file, p in found.items() if p and p[0][1].shape == shape}
+
+
 def _tensor_faults(what: str, shape: tuple[int, ...], dtype: str, piece: Piece) -> Iterator[str]:
     if shape != piece.shape:
         yield f"{what} has shape {shape}: {piece.parameter} takes {piece.shape}"
@@ -288,33 +315,41 @@ def _listed(faults: list[str]) -> str:
 def _stream(plan: Plan, tensors: dict[str, Tensor], progress: bool | None, what: str) -> None:
     """Copy every tensor of the plan to its place; one of them at a time is held twice."""
     pieces = [piece for file in plan.values() for _, piece in file]
-    size = sum(tensors[piece.parameter][piece.where].nbytes for piece in pieces)
+    size = sum(tensors[p.parameter][run.where].nbytes for p in pieces for run in p.runs)
     with torch.no_grad(), byte_bar(progress, what, size) as bar:
         for file, wanted in plan.items():
-            flags = []
+            names, flags = [], []
             with _opened(file) as stored:
                 for name, piece in wanted:
-                    destination = tensors[piece.parameter][piece.where]
-                    _copy(stored, name, destination, bar.update)
-                    flags.append(destination.isfinite().all())
+                    for run in piece.runs:
+                        destination = tensors[piece.parameter][run.where]
+                        _copy(stored.get_slice(name), run.source, destination, bar.update)
+                        names.append(name)
+                        flags.append(destination.isfinite().all())
             # One wait for the device in each file.
             if flags and not all(finite := torch.stack(flags).tolist()):
-                broken = [name for (name, _), fine in zip(wanted, finite, strict=True) if not fine]
+                broken = [name for name, fine in zip(names, finite, strict=True) if not fine]
+                broken = list(dict.fromkeys(broken))
                 raise CheckpointError(
                     f"{file}: NaN or Inf, as stored or in the model's dtype, in {_listed(broken)}"
                 )
 
 
-def _copy(stored: Any, name: str, destination: Tensor, copied: Callable[[int], object]) -> None:
-    """Copy one tensor; ``copied`` is told the bytes as they are there."""
+def _copy(
+    stored: Any,
+    source: tuple[slice, ...],
+    destination: Tensor,
+    copied: Callable[[int], object],
+) -> None:
+    """Copy stored[source]; ``copied`` is told the bytes as they are there."""
     if destination.dim() < 3:
-        destination.copy_(stored.get_tensor(name))
+        destination.copy_(stored[source])
         copied(destination.nbytes)
         return
     # Fused experts: one matrix at a time, as all of a layer's are gigabytes.
-    source = stored.get_slice(name)
-    for i, matrix in enumerate(destination):
-        matrix.copy_(source[i])
+    first, *rest = source
+    for i, matrix in enumerate(destination, first.start):
+        matrix.copy_(stored[(i, *rest)])
         copied(matrix.nbytes)
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from eaglerun.checkpoint.table import check_ranks
 from eaglerun.checkpoint.target import TargetSpec
-from eaglerun.checkpoint.weights import target_weights
+from eaglerun.checkpoint.weights import UNDIVIDED, Share, target_weights
 from eaglerun.kernels.attention_dense import attention_dense
 from eaglerun.kernels.attention_sparse import attention_sparse
 from eaglerun.kernels.index_topk import index_topk
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         self.sparse = spec.sparse_layers[layer]
         self.computes_index = self.sparse and not spec.index_shared[layer]
         eps = spec.rms_norm_eps
-        self.main_rows = weights.weight("qkv_proj.weight").rows("q", "k", "v")
+        self.main_rows = weights.rows("qkv_proj.weight", "q", "k", "v")
         self.qkv_proj = Linear(weights.parameter("qkv_proj.weight"))
         self.o_proj = Linear(weights.parameter("o_proj.weight"))
         self.q_norm = GemmaNorm(weights.parameter("q_norm.weight"), eps)
@@ -138,6 +139,8 @@ class MiniMaxM3(nn.Module):
     taps           layers whose entering residual stream a forward copies out; num_hidden_layers
                    stands for the stream before the last norm
     max_positions  rows of the rope table; the checkpoint's own limit when None
+    share          what this process holds of every weight. The modules compute with all of them
+                   only: of a part there is no forward yet
     """
 
     def __init__(
@@ -148,14 +151,19 @@ class MiniMaxM3(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         max_positions: int | None = None,
+        share: Share = UNDIVIDED,
     ) -> None:
         """Raises  ValueError on a tap outside 0 .. num_hidden_layers, index heads that are not
-        the KV heads, or a layer that shares a selection nobody computed before it."""
+        the KV heads, or a layer that shares a selection nobody computed before it; ConfigError
+        where so many ranks cannot divide the weights."""
         super().__init__()
         _check(spec, taps)
         self.spec = spec
         self.taps = taps
-        weights = Allocation(target_weights(spec), device, dtype)
+        self.share = share
+        table = target_weights(spec, share.whole_experts)
+        check_ranks(share.size, table)
+        weights = Allocation(table, device, dtype, share.rank, share.size)
         self.embed_tokens = Embedding(weights.parameter("embed_tokens.weight"))
         self.layers = nn.ModuleList(
             DecoderLayer(spec, i, weights.under(f"layers.{i}"))

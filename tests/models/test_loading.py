@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from counted_reads import Reads
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -391,32 +391,10 @@ def test_a_model_of_another_spec_is_a_bug(saved, spec):
 
 def test_one_tensor_at_a_time(saved, spec, monkeypatch):
     """The fused experts of transformers are read matrix by matrix."""
-    read = []
-
-    class Spy:
-        def __init__(self, file: Path, framework: str) -> None:
-            self.inner = safe_open(file, framework=framework)
-
-        def __enter__(self):
-            self.inner.__enter__()
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.inner.__exit__(*error)
-
-        def keys(self):
-            return self.inner.keys()
-
-        def get_slice(self, name: str):
-            return self.inner.get_slice(name)
-
-        def get_tensor(self, name: str) -> Tensor:
-            read.append(self.inner.get_tensor(name))
-            return read[-1]
-
-    monkeypatch.setattr(loading, "safe_open", Spy)
+    reads = Reads()
+    monkeypatch.setattr(loading, "safe_open", reads)
     load_target(new_target(spec), saved[0], spec)
-    assert read and max(tensor.dim() for tensor in read) == 2
+    assert reads.shapes and max(map(len, reads.shapes)) == 2
 
 
 # The draft.

@@ -1,5 +1,6 @@
 """The tables of weights: what each rank of a group holds, on the widths of the published models."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.fields import read_checkpoint_config
+from eaglerun.checkpoint.names import TensorNames
 from eaglerun.checkpoint.table import Part, Split, Weight, WeightTable, check_ranks
 from eaglerun.checkpoint.target import TargetSpec
 from eaglerun.checkpoint.weights import Share, draft_weights, target_weights
@@ -68,6 +70,25 @@ def assert_tiled(part: Part, size: int) -> None:
         assert len(set(runs.values())) == 1, "as many copies of one run as of another"
         ends = [0, *(stop for _, stop in sorted(runs))]
         assert [start for start, _ in sorted(runs)] == ends[:-1] and ends[-1] == extent
+
+
+@pytest.mark.parametrize(("name", "size"), [("M3", 8), ("M3, whole experts", 4), ("GQA draft", 8)])
+def test_the_tensors_of_a_checkpoint_fill_a_rank(name, size):
+    """Under the hub's names, the blocks that a rank takes are as many numbers as it holds."""
+    table: WeightTable = TABLES[name]
+    names = TensorNames(table, size - 1, size)
+    filled: Counter[str] = Counter()
+    for part in names.parts:
+        piece = names.pieces[part]
+        for run in piece.runs:
+            block = [s.stop - s.start for s in run.source]
+            places = [place for place in run.where if isinstance(place, slice)]
+            assert block == [place.stop - place.start for place in places], part
+            assert all(s.stop <= n for s, n in zip(run.source, piece.shape, strict=True)), part
+            filled[piece.parameter] += math.prod(block)
+    assert filled == {
+        weight.name: math.prod(weight.shape(size - 1, size)) for weight in table.weights.values()
+    }
 
 
 def test_what_a_rank_holds_of_m3():
