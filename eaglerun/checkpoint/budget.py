@@ -1,4 +1,5 @@
-"""What the two models take: parameters and bytes by component, KV bytes by token and block.
+"""What the two models take: parameters and bytes by component, KV bytes by token and block; of one
+rank, where several divide them.
 
 Derived from the specs and the tables of weights, so that it is known before anything is loaded or
 allocated; and from what a device then turns out to hold, how many KV blocks are left for it.
@@ -12,7 +13,7 @@ from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.formats import DTYPE_BYTES
 from eaglerun.checkpoint.table import WeightTable
 from eaglerun.checkpoint.target import TargetSpec
-from eaglerun.checkpoint.weights import draft_weights, target_weights
+from eaglerun.checkpoint.weights import UNDIVIDED, Share, draft_weights, target_weights
 from eaglerun.errors import CapacityError
 
 
@@ -57,31 +58,39 @@ class KVBudget:
         return self.num_blocks(num_bytes) * self.block_size
 
 
-def components(table: WeightTable, dtype: str) -> tuple[Component, ...]:
-    """The parts of a model of ``dtype``, in the order of its table."""
+def components(
+    table: WeightTable, dtype: str, rank: int = 0, size: int = 1
+) -> tuple[Component, ...]:
+    """What rank ``rank`` of ``size`` holds of a model of ``dtype``, in the order of its table."""
     counts = dict.fromkeys(table.components, 0)
     sizes = dict.fromkeys(table.components, 0)
     for weight in table.weights.values():
         for part in weight.parts:
             if part.component is not None:
-                count = math.prod(part.shape)
+                count = math.prod(run.stop - run.start for run in part.share(rank, size))
                 counts[part.component] += count
                 sizes[part.component] += weight.format.num_bytes(count, dtype)
     return tuple(Component(name, count, sizes[name]) for name, count in counts.items())
 
 
-def target_components(spec: TargetSpec, dtype: str | None = None) -> tuple[Component, ...]:
+def target_components(
+    spec: TargetSpec, dtype: str | None = None, share: Share = UNDIVIDED
+) -> tuple[Component, ...]:
     """The target's parts with their weights in ``dtype`` (None: as stored)."""
-    return components(target_weights(spec), dtype or spec.dtype)
+    table = target_weights(spec, share.whole_experts)
+    return components(table, dtype or spec.dtype, share.rank, share.size)
 
 
-def draft_components(spec: DraftSpec, dtype: str | None = None) -> tuple[Component, ...]:
+def draft_components(
+    spec: DraftSpec, dtype: str | None = None, share: Share = UNDIVIDED
+) -> tuple[Component, ...]:
     """The draft's parts with their weights in ``dtype`` (None: as stored).
 
     An embedding or head that turns out to be the target's, which only loading can tell, takes
     nothing in the end; it is counted here.
     """
-    return components(draft_weights(spec), dtype or spec.dtype)
+    table = draft_weights(spec, share.whole_embedding)
+    return components(table, dtype or spec.dtype, share.rank, share.size)
 
 
 def kv_budget(
@@ -91,36 +100,38 @@ def kv_budget(
     dtype: str | None = None,
     kv_dtype: str | None = None,
     index_dtype: str | None = None,
+    size: int = 1,
 ) -> KVBudget:
-    """Paged memory of the pair of models in ``dtype`` (None: the target's stored one).
+    """Paged memory of the pair of models in ``dtype`` (None: the target's stored one), on each of
+    ``size`` ranks: of its KV heads, all of the index keys, all of the carry.
 
     ``block_size`` None is the target's sparse block; ``kv_dtype`` and ``index_dtype`` None are the
     models'. The carry is always in the models' dtype.
     """
-    size = DTYPE_BYTES[dtype or target.dtype]
-    kv_size = DTYPE_BYTES[kv_dtype] if kv_dtype else size
-    index_size = DTYPE_BYTES[index_dtype] if index_dtype else size
-    layers = _cached(target_weights(target))
+    itemsize = DTYPE_BYTES[dtype or target.dtype]
+    kv_size = DTYPE_BYTES[kv_dtype] if kv_dtype else itemsize
+    index_size = DTYPE_BYTES[index_dtype] if index_dtype else itemsize
+    layers = _cached(target_weights(target), size)
     index = sum(
         width.get("index_k", 0)
         for width, shared in zip(layers, target.index_shared, strict=True)
         if not shared
     )
-    draft_layers = _cached(draft_weights(draft)) if draft else []
+    draft_layers = _cached(draft_weights(draft), size) if draft else []
     return KVBudget(
         block_size=block_size or target.sparse_block_size,
         main_bytes=sum(width["k"] + width["v"] for width in layers) * kv_size,
         index_bytes=index * index_size,
         draft_bytes=sum(width["k"] + width["v"] for width in draft_layers) * kv_size,
-        carry_bytes=draft.hidden_size * size if draft else 0,
+        carry_bytes=draft.hidden_size * itemsize if draft else 0,
     )
 
 
-def _cached(table: WeightTable) -> list[dict[str, int]]:
+def _cached(table: WeightTable, size: int) -> list[dict[str, int]]:
     """The elements that each layer stores for a token: as many as its projection has rows "k", "v"
-    and "index_k"."""
+    and "index_k", on each of ``size`` ranks."""
     return [
-        {part.name: part.shape[0] for part in weight.parts}
+        {part.name: weight.rows(part.name, size=size) for part in weight.parts}
         for name, weight in table.weights.items()
         if name.endswith("qkv_proj.weight")
     ]
@@ -239,11 +250,21 @@ def format_budget(
     kv: KVBudget,
     dtype: str | None = None,
     kv_bytes: int | None = None,
+    size: int = 1,
 ) -> str:
-    """The budget as a table; with ``kv_bytes`` also how many tokens that much memory holds."""
-    lines = _table(f"target, {dtype or target.dtype}", target_components(target, dtype))
+    """The budget as a table; with ``kv_bytes`` also how many tokens that much memory holds.
+
+    size  of several ranks the one that holds most
+    """
+    share, lines = UNDIVIDED, []
+    if size > 1:
+        share, told = _largest(target, draft, dtype, size)
+        lines = [told, ""]
+    held = target_components(target, dtype, share)
+    lines += _table(f"target, {dtype or target.dtype}", held)
     if draft is not None:
-        lines += ["", *_table(f"draft, {dtype or draft.dtype}", draft_components(draft, dtype))]
+        held = draft_components(draft, dtype, share)
+        lines += ["", *_table(f"draft, {dtype or draft.dtype}", held)]
     lines += ["", "KV memory              bytes a token      bytes a block"]
     for name, count in (
         ("main", kv.main_bytes),
@@ -259,6 +280,25 @@ def format_budget(
             f"= {kv.num_tokens(kv_bytes):,} tokens"
         )
     return "\n".join(lines)
+
+
+def _largest(
+    target: TargetSpec, draft: DraftSpec | None, dtype: str | None, size: int
+) -> tuple[Share, str]:
+    """The rank that holds most, and how the others compare."""
+    tables = [(target_weights(target), dtype or target.dtype)]
+    if draft is not None:
+        own = draft_weights(draft, UNDIVIDED.whole_embedding)
+        tables.append((own, dtype or draft.dtype))
+    held = [
+        sum(c.num_bytes for table, kind in tables for c in components(table, kind, rank, size))
+        for rank in range(size)
+    ]
+    most, least = held.index(max(held)), held.index(min(held))
+    if held[most] == held[least]:
+        return Share(most, size), f"one rank of {size}; each holds as much"
+    less = f"rank {least} the least: {held[most] - held[least]:,} bytes less of weights"
+    return Share(most, size), f"rank {most} of {size}, which holds the most; {less}"
 
 
 def gib(num_bytes: int) -> str:

@@ -15,6 +15,7 @@ from eaglerun.checkpoint.budget import (
 )
 from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.target import TargetSpec
+from eaglerun.checkpoint.weights import Share
 from eaglerun.errors import CapacityError
 
 TARGET = TargetSpec(
@@ -274,3 +275,82 @@ def test_graphs_keep_logits_of_the_sizes_that_are_captured():
     assert graph_outputs((1, 8, 64), 4, 512, 10) == (1 + 8 + 64) * 4 * 10
     assert graph_outputs((1, 8, 64), 9, 512, 10) == (1 + 8) * 9 * 10
     assert graph_outputs((), 4, 512, 10) == 0
+
+
+# By hand, from the widths of the published models: what one rank of several holds.
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_what_a_rank_holds_of_the_pair(size):
+    whole = parameters(target_components(TARGET))
+    held = parameters(target_components(TARGET, share=Share(size - 1, size)))
+    layers, kv_rows = 60, 2 * max(512 // size, 128)
+    assert held == {
+        "embedding": whole["embedding"] // size,
+        "attention": layers * 6144 * (2 * 8192 // size + kv_rows),
+        "index": 57 * 6144 * (kv_rows // 2 + 128),
+        "dense MLP": whole["dense MLP"] // size,
+        "routed experts": whole["routed experts"] // size,
+        "shared experts": whole["shared experts"] // size,
+        "router": whole["router"],
+        "norms": whole["norms"],
+        "lm_head": whole["lm_head"] // size,
+    }
+    assert held == parameters(target_components(TARGET, share=Share(0, size, whole_experts=True)))
+    for spec, rows in ((MHA, 3 * 8192 // size), (GQA, 8192 // size + kv_rows)):
+        whole = parameters(draft_components(spec))
+        assert parameters(draft_components(spec, share=Share(0, size))) == {
+            "embedding": whole["embedding"],
+            "fc": whole["fc"],
+            "attention": 2 * 6144 * rows + 6144 * 8192 // size,
+            "MLP": whole["MLP"] // size,
+            "norms": whole["norms"],
+            "head": whole["head"] // size,
+        }
+        divided = draft_components(spec, share=Share(0, size, whole_embedding=False))
+        assert parameters(divided)["embedding"] == whole["embedding"] // size
+
+
+def test_bytes_of_a_rank():
+    """In all, of the published model: each of 2 and of 8 ranks."""
+    bytes_of = {
+        size: total_bytes(target_components(TARGET, share=Share(0, size))) for size in (1, 2, 8)
+    }
+    # Replicated: router and norms, the index key's rows; with 8 ranks each KV head twice.
+    fixed = 4 * (44_826_624 + 7_296) + 2 * 773_376 + 2 * 57 * 6144 * 128
+    heads = 2 * 6144 * (60 * 2 * 512 + 57 * 512)
+    assert bytes_of[2] == (bytes_of[1] - fixed) // 2 + fixed
+    assert bytes_of[8] == (bytes_of[1] - fixed - heads) // 8 + heads // 4 + fixed
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "mha_heads"), [(1, 4, 64), (2, 2, 32), (4, 1, 16), (8, 1, 8), (16, 1, 4)]
+)
+def test_kv_of_a_rank(size, heads, mha_heads):
+    for spec, own in ((GQA, heads), (MHA, mha_heads)):
+        kv = kv_budget(TARGET, spec, size=size)
+        assert kv.main_bytes == 60 * 2 * heads * 128 * 2
+        assert kv.index_bytes == 57 * 128 * 2
+        assert kv.draft_bytes == 2 * own * 128 * 2
+        assert kv.carry_bytes == 6144 * 2
+
+
+def test_the_table_of_several_ranks():
+    kv = kv_budget(TARGET, GQA, size=8)
+    lines = format_budget(TARGET, GQA, kv, size=8).splitlines()
+    assert lines[:3] == ["one rank of 8; each holds as much", "", format_title("target, bfloat16")]
+    total = sum(parameters(target_components(TARGET, share=Share(0, 8))).values())
+    assert any(line.startswith("  total") and f"{total:,}" in line for line in lines)
+    assert format_budget(TARGET, GQA, kv, size=1) == format_budget(TARGET, GQA, kv)
+    # A vocabulary of 200,067 in eighths of 25,009, of which the last lacks 5.
+    uneven = replace(TARGET, vocab_size=200_067)
+    draft = replace(GQA, vocab_size=200_067, draft_vocab_size=200_067)
+    told = format_budget(uneven, draft, kv, size=8).splitlines()[0]
+    assert told == (
+        "rank 0 of 8, which holds the most; rank 7 the least: "
+        f"{3 * 5 * 6144 * 2:,} bytes less of weights"
+    )
+
+
+def format_title(title: str) -> str:
+    return f"{title:<20}{'parameters':>19}{'memory':>16}"
