@@ -37,7 +37,8 @@ def option(
     aliases: tuple[str, ...] = (),
     secret: bool = False,
 ) -> Any:
-    """A Config field. ``low`` and ``high`` are the allowed ends; aliases are further flag names."""
+    """A Config field. ``low`` and ``high`` are the allowed ends; aliases are further flag names,
+    of which one that begins with a dash is the whole flag."""
     metadata = {
         "help": help,
         "choices": choices,
@@ -116,6 +117,12 @@ class ModelConfig(Checked):
     )
     device: str = option(
         "auto", "where to run; auto: the GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
+    tensor_parallel_size: int = option(
+        1,
+        "GPUs that divide both models, a process each; only check-config takes more than 1 yet",
+        low=1,
+        aliases=("tp-size", "-tp"),
     )
     cpu_threads: int | None = option(
         None,
@@ -464,6 +471,15 @@ class Config:
             raise ConfigError(f"max_model_len = {wish}: the checkpoint allows at most {limit}")
         return wish or limit
 
+    def check_one_rank(self) -> None:
+        """ConfigError where an engine of several ranks is asked for, which there is none of yet."""
+        size = self.model.tensor_parallel_size
+        if size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size = {size}: allowed 1, as no engine runs on several GPUs yet; "
+                f"eaglerun check-config -tp {size} tells what each of them would hold"
+            )
+
     def to_toml(self) -> str:
         """The effective values as a TOML file that resolve() reads back; secrets are masked."""
         lines = []
@@ -498,7 +514,7 @@ class Option:
     @property
     def flags(self) -> tuple[str, ...]:
         names = (self.name.replace("_", "-"), *self.aliases)
-        return tuple(f"--{name}" for name in names)
+        return tuple(name if name.startswith("-") else f"--{name}" for name in names)
 
 
 def options() -> tuple[Option, ...]:

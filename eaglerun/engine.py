@@ -29,7 +29,11 @@ class Engine:
     """
 
     def __init__(self, config: Config, ready: RankReady, scheduler: Scheduler, rank: Rank) -> None:
-        """``rank`` has allocated what ``scheduler`` hands out; ``ready`` is what it told."""
+        """``rank`` has allocated what ``scheduler`` hands out; ``ready`` is what it told.
+
+        Raises  ConfigError where the settings ask for several ranks.
+        """
+        config.check_one_rank()
         self.config = config
         self.model_name = ready.model_name
         self.tokenizer = ready.tokenizer

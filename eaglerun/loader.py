@@ -18,7 +18,9 @@ from eaglerun.checkpoint.budget import (
 )
 from eaglerun.checkpoint.draft import DraftSpec
 from eaglerun.checkpoint.fields import read_checkpoint_config
+from eaglerun.checkpoint.table import check_ranks
 from eaglerun.checkpoint.target import TargetSpec, check_block_size
+from eaglerun.checkpoint.weights import UNDIVIDED, draft_weights, target_weights
 from eaglerun.config import Config
 from eaglerun.errors import CapacityError, ConfigError
 from eaglerun.kernels.launch import TABLE, can_be_invariant, has_kernels
@@ -75,6 +77,10 @@ def read_checkpoints(config: Config) -> Checkpoints:
     if config.num_draft_tokens and model.draft is not None:
         draft_path = _find(model.draft, "draft")
         draft = DraftSpec.from_config(read_checkpoint_config(draft_path), target)
+    tables = [target_weights(target)]
+    if draft is not None:
+        tables.append(draft_weights(draft, UNDIVIDED.whole_embedding))
+    check_ranks(model.tensor_parallel_size, *tables)
     name = model.served_model_name or model.model
     return Checkpoints(name, target_path, target, draft_path, draft)
 
@@ -82,6 +88,7 @@ def read_checkpoints(config: Config) -> Checkpoints:
 def load_models(config: Config, progress: bool | None = False) -> Models:
     """Both models on their device. ConfigError, CheckpointError, each naming what is wrong;
     CapacityError where the GPU cannot hold them. ``progress``: whether bars are drawn."""
+    config.check_one_rank()
     found = read_checkpoints(config)
     device = choose_device(config.model.device)
     check_device(device)
@@ -198,10 +205,12 @@ def refuse_what_memory_cannot_hold(config: Config, found: Checkpoints, dtype: to
 def kv_budget_of(
     config: Config, target: TargetSpec, draft: DraftSpec | None, dtype: torch.dtype
 ) -> KVBudget:
-    """The paged memory of the pair as the settings want it, of models in ``dtype``."""
+    """The paged memory of the pair as the settings want it, of models in ``dtype``; of one rank,
+    where several divide them."""
     kinds = (dtype, *cache_dtypes(config, dtype))
-    names = (str(kind).removeprefix("torch.") for kind in kinds)
-    return kv_budget(target, draft, config.cache.block_size, *names)
+    own, kv, index = (str(kind).removeprefix("torch.") for kind in kinds)
+    size = config.model.tensor_parallel_size
+    return kv_budget(target, draft, config.cache.block_size, own, kv, index, size)
 
 
 def narrowest_kv(

@@ -57,6 +57,8 @@ def _run(argv: Sequence[str], engine: Sequence[str] | None) -> int:
         _say(f"settings that are not given come from {preset}.toml")
     if flags.MODEL is None and config.model.model == "demo" and not talks_elsewhere:
         _say(f"{config.model.model} is the bundled pair of small models; name a MODEL for another")
+    if flags.command != "check-config" and not talks_elsewhere:
+        config.check_one_rank()
     match flags.command:
         case "serve":
             # Nothing else needs the packages of a web server.
@@ -158,7 +160,8 @@ def _check_config(config: Config) -> int:
     kv_bytes = None if gib is None else int(gib * 2**30)
     if config.cache.num_kv_blocks is not None:
         kv_bytes = config.cache.num_kv_blocks * kv.block_bytes
-    print(format_budget(found.target, found.draft, kv, name, kv_bytes))
+    size = config.model.tensor_parallel_size
+    print(format_budget(found.target, found.draft, kv, name, kv_bytes, size))
     return 0
 
 

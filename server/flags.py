@@ -10,13 +10,9 @@ from eaglerun import configs
 from eaglerun.config import Config, Option, nearest, options, resolve
 from eaglerun.errors import ConfigError
 
-_ONE_GPU = "this build runs on one GPU"
 # Flags of other servers for what this build does not do, or always does. None is ignored.
 NOT_HERE = {
-    "-tp": _ONE_GPU,
-    "--tensor-parallel-size": _ONE_GPU,
-    "--tp-size": _ONE_GPU,
-    "--pipeline-parallel-size": _ONE_GPU,
+    "--pipeline-parallel-size": "this build runs on one GPU",
     "--data-parallel-size": "start one server for each engine",
     "--quantization": "weights are held in --dtype",
     "--enable-chunked-prefill": "prefill is always chunked; --max-chunk-tokens sizes the chunks",

@@ -36,6 +36,11 @@ class Hanging:
         raise RankFailed(f"step {self.plan.step_id} is not done")
 
 
+def test_models_in_memory_are_not_taken_for_several_ranks():
+    with pytest.raises(ConfigError, match="tensor_parallel_size = 2: allowed 1, as no engine"):
+        start_engine(config(tensor_parallel_size=2), tiny_pair(num_attention_heads=2))
+
+
 def test_a_rank_loads_allocates_launches_and_closes():
     rank = LocalRank(config(), tiny_pair())
     with pytest.raises(EngineError, match="the rank has no models"):

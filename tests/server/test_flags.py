@@ -1,5 +1,7 @@
 """The command line: every setting has a flag, presets complete a pair, mistakes get a hint."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from eaglerun import configs
 from eaglerun.config import Config, options, resolve
 from eaglerun.errors import ConfigError
+from eaglerun.llm import LLM
 from eaglerun.server import cli
 from eaglerun.server.flags import Parser, add_settings, config_of, parse_flags
 
@@ -54,6 +57,8 @@ def test_names_that_others_use():
     assert config.model.draft == "d"
     assert config.num_draft_tokens == 2
     assert config.server.http_port == 81
+    for flags in (("-tp", "4"), ("-tp=4",), ("--tp_size=4",), ("--tensor-parallel-size", "4")):
+        assert parsed("m", *flags)[0].model.tensor_parallel_size == 4
 
 
 def test_speculative_config_as_in_vllm():
@@ -77,8 +82,9 @@ def test_speculative_config_as_in_vllm():
     [
         (["--max-num-seq", "3"], "unknown flag --max-num-seq; did you mean '--max-num-seqs'?"),
         (["--max_nun_seqs=3"], "unknown flag --max-nun-seqs; did you mean '--max-num-seqs'?"),
-        (["-tp", "4"], "-tp is not in this build: this build runs on one GPU"),
-        (["--tensor_parallel_size=2"], "--tensor-parallel-size is not in this build"),
+        (["--pipeline_parallel_size=2"], "--pipeline-parallel-size is not in this build: this bu"),
+        (["-tp", "0"], "tensor_parallel_size = 0: allowed at least 1"),
+        (["--tp-size", "two"], "tensor_parallel_size = 'two': expected int"),
         (["--kv-cache-dtype", "int8"], "kv_cache_dtype = 'int8': allowed auto, bfloat16, fp8"),
         (["a", "b"], "'b' is one word too many"),
         (["a", "--model", "b"], "model is given twice: 'b', and 'a' by MODEL"),
@@ -161,3 +167,76 @@ def test_check_config_tells_what_a_pair_takes(capsys: pytest.CaptureFixture[str]
     assert "[scheduling]" in text and "routed experts" in text and "KV memory" in text
     assert cli.main(["check-config", "nowhere/at-all/here"]) == 2
     assert "nowhere/at-all/here" in capsys.readouterr().err
+    # Of one rank, nothing else is printed than without the flag; of eight, a rank's part.
+    assert cli.main(["check-config", *argv, "-tp", "1"]) == 0
+    assert capsys.readouterr().out == text
+    assert cli.main(["check-config", *argv, "-tp", "8"]) == 0
+    eighth = capsys.readouterr().out
+    assert "tensor_parallel_size = 8\n" in eighth
+    assert "\n\none rank of 8; each holds as much\n\ntarget, bfloat16" in eighth
+    assert f"  routed experts      {36_238_786_560 // 8:>17,}       8.438 GiB\n" in eighth
+    assert "  main                         4,096            524,288\n" in eighth
+    assert cli.main(["check-config", *argv, "-tp", "3"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "eaglerun: tensor_parallel_size = 3: target num_attention_heads = 64 cannot be divided "
+        "among 3 ranks; allowed 1, 2, 4, 8, 16, 32, 64\n"
+    )
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_check_config_of_a_rank_of_m3(
+    size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The 60 layers of MiniMax-M3: what is printed of a rank adds up, to what it takes by hand."""
+    config = json.loads((Path(configs.__file__).parent / "m3-8l/target/config.json").read_text())
+    text, sparse = config["text_config"], [0] * 3 + [1] * 57
+    text |= {"num_hidden_layers": 60, "moe_layer_freq": sparse}
+    for key in ("sparse_attention_freq", "sparse_disable_index_value"):
+        text["sparse_attention_config"][key] = sparse
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    argv = ["check-config", str(tmp_path), "--dtype", "bfloat16"]
+
+    def counts(*more: str) -> dict[str, int]:
+        assert cli.main([*argv, *more]) == 0
+        table = capsys.readouterr().out.partition("target, bfloat16")[2].partition("KV memory")[0]
+        rows = re.findall(r"(?m)^  (\S.*?) +([\d,]+) +[\d,.]+ GiB$", table)
+        return {name: int(count.replace(",", "")) for name, count in rows}
+
+    whole, rank = counts(), counts("-tp", str(size))
+    assert whole.pop("total") == sum(whole.values()) == 426_174_572_928
+    assert rank.pop("total") == sum(rank.values())
+    for name in ("embedding", "dense MLP", "routed experts", "shared experts", "lm_head"):
+        assert rank[name] * size == whole[name]
+    assert (rank["router"], rank["norms"]) == (whole["router"], whole["norms"])
+    kv_rows = max(512 // size, 128)
+    assert rank["attention"] == 60 * 6144 * (2 * 8192 // size + 2 * kv_rows)
+    assert rank["index"] == 57 * 6144 * (kv_rows + 128)
+
+
+NO_ENGINE = (
+    "tensor_parallel_size = 2: allowed 1, as no engine runs on several GPUs yet; "
+    "eaglerun check-config -tp 2 tells what each of them would hold"
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("serve", "chat", "generate", "eval", "lossless", "warm"),
+        *("bench latency", "bench throughput", "bench waves", "bench kernels"),
+    ],
+)
+def test_no_command_runs_an_engine_of_several_ranks(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert cli.main([*command.split(), "-tp", "2"]) == 2
+    assert capsys.readouterr().err.endswith(f"eaglerun: {NO_ENGINE}\n")
+    monkeypatch.setenv("EAGLERUN_TENSOR_PARALLEL_SIZE", "2")
+    assert cli.main(command.split()) == 2
+    assert capsys.readouterr().err.endswith(f"eaglerun: {NO_ENGINE}\n")
+
+
+def test_nor_does_python():
+    with pytest.raises(ConfigError) as error:
+        LLM("demo", tensor_parallel_size=2)
+    assert str(error.value) == NO_ENGINE
