@@ -96,7 +96,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class Builds:
-    """What a rank had to make before it could compute: kernels and graphs. A step that makes one
+    """Kernels and graphs that a rank had to make before it could compute. A step that makes one
     takes as much longer, for every sequence in it.
 
     kernels_compiled, compile_s  compiled by Triton, and how long that took

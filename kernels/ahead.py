@@ -252,7 +252,7 @@ def _main(arch: str) -> None:
         error, before = None, compiles().num_compiled
         try:
             _kernel_of(program).preload(program.data)
-        except Exception as failure:
+        except Exception as failure:  # told to the start that asked, which ends with it
             error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1:]}"
         is_new = compiles().num_compiled > before
         answers.write(json.dumps((error, is_new)) + "\n")

@@ -1,5 +1,5 @@
-"""What the two models take: parameters and bytes by component, KV bytes by token and block; of one
-rank, where several divide them.
+"""The cost of the two models: parameters and bytes by component, KV bytes by token and block; of
+one rank, where several divide them.
 
 Derived from the specs and the tables of weights, so that it is known before anything is loaded or
 allocated; and from what a device then turns out to hold, how many KV blocks are left for it.
@@ -61,7 +61,7 @@ class KVBudget:
 def components(
     table: WeightTable, dtype: str, rank: int = 0, size: int = 1
 ) -> tuple[Component, ...]:
-    """What rank ``rank`` of ``size`` holds of a model of ``dtype``, in the order of its table."""
+    """The components that rank ``rank`` of ``size`` holds of a model, in the order of its table."""
     counts = dict.fromkeys(table.components, 0)
     sizes = dict.fromkeys(table.components, 0)
     for weight in table.weights.values():

@@ -23,7 +23,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a rank takes of a tensor of ``shape``, and where it puts it.
+    """The part of a tensor of ``shape`` that a rank takes, and where it puts it.
 
     runs    a block for each part that the tensor holds; none where other ranks take all of it
     parts   what it brings, as names of the hub's layout: its own, or those that it fuses

@@ -31,7 +31,7 @@ class Split:
     uneven: bool = False
 
     def divides(self, size: int) -> bool:
-        """Whether each of ``size`` ranks has something to hold, and as much as the rules allow."""
+        """True where each of ``size`` ranks has something to hold, as much as the rules allow."""
         if self.uneven:
             return (size - 1) * -(-self.units // size) < self.units
         runs = self._runs(size)

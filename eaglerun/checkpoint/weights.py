@@ -16,7 +16,7 @@ INDEX_HEADS = "index_n_heads / sparse_num_index_heads"
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a process holds of both models: the part of rank ``rank`` of ``size``.
+    """The part of both models that a process holds: rank ``rank``'s of ``size``.
 
     whole_experts    see target_weights
     whole_embedding  see draft_weights

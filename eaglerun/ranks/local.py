@@ -377,6 +377,6 @@ def _measured(config: Config, loaded: _Loaded, memory: DeviceMemory, served: boo
 
 
 def _kernels() -> Builds:
-    """What this process's Triton has made so far."""
+    """The kernels that this process's Triton has made so far."""
     made = compiles()
     return Builds(made.num_compiled, made.compile_s, made.num_loaded, made.load_s)

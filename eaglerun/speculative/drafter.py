@@ -97,8 +97,7 @@ class Drafter(Protocol):
         """Drafts [B, count] in the target's vocabulary."""
 
     def sampling(self, features: Features) -> Features | None:
-        """What the sequences ask for, as far as it changes which kernels a propose launches; None
-        where it does not."""
+        """The features that change which kernels a propose launches; None where none does."""
 
     def probs(self, slots: Tensor, count: int) -> Tensor | None:
         """What the last ``count`` drafts [B, count, V] of the slots were drawn from; None where
